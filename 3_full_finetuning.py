@@ -1,0 +1,168 @@
+"""Fine-tunes a causal language model with all its weights, with DeepSpeed where one GPU is not enough.
+
+Reads:  data/ (made by 1_prepare_dataset.py)
+Writes: outputs/full_model/: final_model/, training_log.json, checkpoint-*, runs/ (TensorBoard)
+
+    python 3_full_finetuning.py
+    accelerate launch 3_full_finetuning.py --num_epochs 1
+
+Takes about a minute on a laptop with --preset demo. After an interruption the same command goes on.
+"""
+
+import os
+from types import SimpleNamespace
+
+from configs.settings import fail, override, read_constants
+
+# --- model
+MODEL_NAME = "microsoft/phi-2"  # Hub name or local folder of the base model
+MODEL_REVISION: str | None = None  # branch, tag or commit of the model on the Hub; none is its default branch
+
+# --- data
+DATA_DIR = "data"  # folder that 1_prepare_dataset.py filled
+# A row longer than this is left out, never cut: a cut answer teaches to stop in mid-sentence.
+MAX_LENGTH = 1024  # tokens of prompt and answer together
+MAX_TRAIN_SAMPLES: int | None = None  # use only so many training rows; none is all
+# In-training evaluation should not take more than a tenth of the time.
+MAX_EVAL_SAMPLES: int | None = 500  # use only so many validation rows; none is all
+MAX_DROP_FRACTION = 0.2  # stop when a larger share of the rows does not fit MAX_LENGTH
+
+# --- DeepSpeed
+USE_DEEPSPEED = False  # split optimizer and gradients over processes (ZeRO); works under plain python too
+DEEPSPEED_CONFIG = "configs/ds_config.json"  # ZeRO-2; zero3 and offload variants lie beside it
+
+# --- training
+# Every weight moves, so each may move only a little: higher rates make the model forget what it knew.
+LEARNING_RATE = 5e-5  # peak learning rate; LoRA's best is about ten times that of full fine-tuning
+NUM_EPOCHS = 3.0  # passes over the training rows
+MAX_STEPS: int | None = None  # stop after so many optimizer steps; none is NUM_EPOCHS
+# 2 x 8 rows a step, the 16 of 2_lora_finetuning.py: both methods take the same steps over the same data.
+BATCH_SIZE = 2  # rows per device and forward pass
+GRADIENT_ACCUMULATION_STEPS = 8  # forward passes per optimizer step
+WARMUP_RATIO = 0.03  # share of all steps in which the learning rate rises from 0 to its peak
+LR_SCHEDULER = "cosine"  # how the learning rate falls after that: cosine, linear, constant_with_warmup
+WEIGHT_DECAY = 0.0  # AdamW's weight decay
+MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
+OPTIM = "adamw_torch"  # by its transformers name, e.g. adamw_torch, adamw_bnb_8bit, paged_adamw_8bit
+GRADIENT_CHECKPOINTING = True  # recompute activations in the backward pass: a third slower, far less memory
+PRECISION = "auto"  # auto, bf16, fp16 or fp32; auto takes bf16 where the hardware has it
+SEED = 42  # of the order of the rows, dropout and new weights
+
+# --- logging and checkpoints
+LOGGING_STEPS = 10  # optimizer steps between two records of the loss
+EVAL_STEPS = 0.1  # between two evaluations: below 1 a share of the run, above it optimizer steps
+SAVE_STEPS = 0.1  # between two checkpoints, likewise; a multiple of EVAL_STEPS
+SAVE_TOTAL_LIMIT = 2  # checkpoints kept; the best one always is
+# "auto" goes on with an unfinished run of the same settings and data, and starts afresh otherwise.
+RESUME: bool | str = "auto"  # auto; true goes on or fails; false starts afresh
+REPORT_TO = "tensorboard"  # where the Trainer reports to, e.g. tensorboard, wandb, none
+
+# --- output
+OUTPUT_DIR = "outputs/full_model"  # checkpoints, training_log.json, TensorBoard events and the final model
+
+if __name__ == "__main__":
+    override(globals())
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl import SFTConfig
+
+from configs import files, training
+
+
+def training_arguments(c: SimpleNamespace, dtype: torch.dtype) -> SFTConfig:
+    """The Trainer's arguments. c: the constants above; dtype: what is computed in."""
+    return SFTConfig(
+        output_dir=c.OUTPUT_DIR,
+        max_length=None,  # the rows were measured when they were tokenised
+        dataset_kwargs={"skip_prepare_dataset": True},
+        learning_rate=c.LEARNING_RATE,
+        num_train_epochs=c.NUM_EPOCHS,
+        max_steps=c.MAX_STEPS or -1,
+        per_device_train_batch_size=c.BATCH_SIZE,
+        per_device_eval_batch_size=c.BATCH_SIZE * 2,  # no gradients, so twice as many rows take less memory
+        gradient_accumulation_steps=c.GRADIENT_ACCUMULATION_STEPS,
+        warmup_steps=c.WARMUP_RATIO,
+        lr_scheduler_type=c.LR_SCHEDULER,
+        weight_decay=c.WEIGHT_DECAY,
+        max_grad_norm=c.MAX_GRAD_NORM,
+        optim=c.OPTIM,
+        gradient_checkpointing=c.GRADIENT_CHECKPOINTING,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=c.SEED,
+        logging_steps=c.LOGGING_STEPS,
+        logging_nan_inf_filter=False,  # a NaN must be seen
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy="steps",
+        eval_steps=c.EVAL_STEPS,
+        eval_on_start=True,  # the loss before training stands in the log
+        save_steps=c.SAVE_STEPS,
+        save_total_limit=c.SAVE_TOTAL_LIMIT,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=False,  # RunLog reads its own
+        report_to=c.REPORT_TO,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        deepspeed=training.prepare_deepspeed(c.DEEPSPEED_CONFIG) if c.USE_DEEPSPEED else None,
+    )
+
+
+def build_model(c: SimpleNamespace) -> PreTrainedModel:
+    """The model with fp32 master weights: bf16, only computed in, would round small updates away."""
+    with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME"):
+        return AutoModelForCausalLM.from_pretrained(
+            files.model_path(c.MODEL_NAME),
+            revision=c.MODEL_REVISION,
+            dtype=torch.float32,
+        )
+
+
+def main() -> None:
+    c = SimpleNamespace(**{name: globals()[name] for name in read_constants(__file__)})
+    problems = training.machine_problems() + training.settings_problems(vars(c))
+    problems += files.check_model(MODEL_NAME, MODEL_REVISION)
+    if problems:
+        fail(*problems)
+    manifest = files.read_manifest(DATA_DIR)
+
+    with files.lock(OUTPUT_DIR):
+        # --- data and precision
+        files.go_online(MODEL_NAME)
+        config = training.model_config(MODEL_NAME, MODEL_REVISION, MAX_LENGTH)
+        tokenizer = files.load_tokenizer(MODEL_NAME, MODEL_REVISION, manifest["settings"]["PROMPT_FORMAT"])
+        fit = (tokenizer, MAX_LENGTH, MAX_DROP_FRACTION)
+        train_rows = training.token_rows(DATA_DIR, "train", MAX_TRAIN_SAMPLES, *fit)
+        eval_rows = training.token_rows(DATA_DIR, "validation", MAX_EVAL_SAMPLES, *fit)
+        dtype, why = training.precision(PRECISION)
+        files.say(f"rows: {len(train_rows)} to train on, {len(eval_rows)} to validate")
+        files.say(f"precision: {dtype} ({why})")
+
+        # --- model and trainer
+        checkpoint = training.resume_point(OUTPUT_DIR, RESUME, vars(c), manifest["manifest_sha256"])
+        os.environ["TENSORBOARD_LOGGING_DIR"] = f"{OUTPUT_DIR}/runs"
+        arguments = training_arguments(c, dtype)  # before the model: ZeRO-3 splits it while it loads
+        counts = {"train_rows": len(train_rows), "eval_rows": len(eval_rows)}
+        log = training.RunLog("full", vars(c), manifest, counts, config, checkpoint)
+        model = build_model(c)
+        trainer = training.ExactTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            callbacks=[log],
+        )
+
+        # --- train and save
+        training.run(trainer, log, checkpoint)
+        training.save_final(trainer, f"{OUTPUT_DIR}/final_model", config.dtype, log)
+        log.write(trainer.state, "done")
+        files.say(f"done: {OUTPUT_DIR}/final_model, {OUTPUT_DIR}/training_log.json")
+        trainer.end()
+
+
+if __name__ == "__main__":
+    main()

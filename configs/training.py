@@ -1,0 +1,599 @@
+"""What both trainings share and no library has: token-exact evaluation, a seeded sampler by length, resume, the run's log.
+
+The trainer is TRL's SFTTrainer with two small overrides. Everything that a reader wants to see or change (the model, the
+LoRA configuration, the SFTConfig, the order of things) stands in the scripts.
+"""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Sampler
+from transformers import AutoConfig, EvalPrediction, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import get_model_param_count
+from trl import SFTTrainer
+
+from configs import files
+from configs.settings import fail
+
+# --- the two overrides
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Row numbers in an order in which the rows of one optimizer step have similar lengths, so that little is padding.
+
+    The order is a function of (seed, epoch) alone, and so the same in every process and after a resume. The library's
+    sampler draws from the global generator instead: a run that is killed in its second epoch resumes with other batches.
+
+    lengths: tokens per row. group_size: rows per optimizer step over all processes (micro-batch x accumulation x
+    processes), so that a group never straddles two steps. epoch: called when an epoch begins; its number, from 0.
+    """
+
+    GROUPS_PER_POOL = (
+        50  # rows are sorted within pools of so many steps: as random as the memory of a pool allows
+    )
+
+    def __init__(self, lengths: Sequence[int], group_size: int, seed: int, epoch: Callable[[], int]):
+        self.lengths, self.group_size, self.seed, self.epoch = np.asarray(lengths), group_size, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng([self.seed, self.epoch()])
+        order = random.permutation(len(self.lengths))
+        pool = self.group_size * self.GROUPS_PER_POOL
+        groups = []
+        for start in range(0, len(order), pool):
+            rows = order[start : start + pool]
+            rows = rows[np.argsort(-self.lengths[rows], kind="stable")]
+            groups += [rows[i : i + self.group_size] for i in range(0, len(rows), self.group_size)]
+        # only the very last group may be short: anywhere else it would shift all later groups across the steps
+        last = [groups.pop()] if groups and len(groups[-1]) < self.group_size else []
+        random.shuffle(groups)
+        if groups:  # the longest rows first, so that a run that does not fit fails in its first step
+            first = max(range(len(groups)), key=lambda i: self.lengths[groups[i][0]])
+            groups.insert(0, groups.pop(first))
+        for group in groups + last:
+            yield from group.tolist()
+
+
+def token_exact(prediction: EvalPrediction) -> dict[str, float]:
+    """eval_loss as sum of nll over sum of tokens, from per-row sums.
+
+    prediction.predictions: nll per row, float, shape (rows,), in nats; prediction.label_ids: scored tokens per row.
+    """
+    nll, tokens = prediction.predictions.astype(np.float64), prediction.label_ids
+    return {"eval_loss": float(nll.sum() / max(tokens.sum(), 1)), "eval_tokens": int(tokens.sum())}
+
+
+class ExactTrainer(SFTTrainer):
+    """SFTTrainer whose eval_loss is the mean over tokens, whose batches are grouped by length, and whose LoRA is fp32.
+
+    The Trainer's own eval_loss is a mean over rows of per-batch means, which changes with the evaluation batch size and
+    the number of processes. Here each row reports (nll, tokens); `gather_for_metrics` brings them together without the
+    rows that pad the last batch of several processes, and the best checkpoint is chosen by their quotient.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_metrics=token_exact, **kwargs)
+        # TRL casts QLoRA's trainable weights to bf16, where an update below 1/256 of a weight vanishes and which fp16's
+        # GradScaler refuses; in fp32 they cost next to nothing. (Full fine-tuning chooses its dtype when it loads.)
+        if hasattr(self.model, "peft_config"):
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        # In eval mode on a CPU with avx512_bf16, bitsandbytes repacks its weights for inference, once and for all: from
+        # the first evaluation on, no gradient would pass through the 4-bit layers.
+        for module in self.model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        return LengthGroupedSampler(
+            rows["length"] if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]],
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            args.seed,
+            # read from the trainer's state: accelerate does not hand set_epoch through the wrappers of a resumed run
+            lambda: int(self.state.epoch or 0),
+        )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Per-row sums instead of a loss: (None, nll of shape (batch,), tokens of shape (batch,))."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        # log_probs are zero where the label is masked
+        return None, -outputs.log_probs.double().sum(dim=1), outputs.label_mask.sum(dim=1)
+
+
+# --- before the model loads
+
+
+def machine_problems() -> list[str]:
+    """What about the visible devices would end in a crash or in a run of weeks: one sentence each."""
+    launched = "RANK" in os.environ
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() > 1 and not launched:
+            script, n = sys.argv[0], torch.cuda.device_count()
+            return [
+                f"{n} GPUs are visible to one process; use one with `CUDA_VISIBLE_DEVICES=0 python {script}`, "
+                f"or all with `accelerate launch --num_processes {n} {script}`"
+            ]
+        return []
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
+        return []  # the user has hidden the GPU
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
+        if smi.returncode == 0 and "GPU" in smi.stdout:
+            build = torch.version.cuda
+            why = f"the driver is too old for its CUDA {build}; update the driver or install a torch built for an older CUDA"
+            if build is None:
+                why = "it is a build for the CPU; install a CUDA build of the same version"
+            return [
+                f"nvidia-smi sees {smi.stdout.splitlines()[0].split(' (')[0]!r}, torch {torch.__version__} does not: {why}; "
+                "to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES= (empty)"
+            ]
+    return []
+
+
+def settings_problems(settings: dict) -> list[str]:
+    """What can be seen to be wrong in a training script's constants before anything loads: one sentence each."""
+    found = []
+    for name in (
+        "BATCH_SIZE",
+        "GRADIENT_ACCUMULATION_STEPS",
+        "MAX_LENGTH",
+        "LOGGING_STEPS",
+        "SAVE_TOTAL_LIMIT",
+        "LORA_R",
+    ):
+        if name in settings and settings[name] < 1:
+            found.append(f"{name} is {settings[name]}; it must be at least 1: --{name.lower()} 1")
+    for name in ("LEARNING_RATE", "NUM_EPOCHS", "EVAL_STEPS", "SAVE_STEPS"):
+        if settings[name] <= 0:
+            found.append(f"{name} is {settings[name]}; it must be above 0")
+    if not 0 <= settings["WARMUP_RATIO"] < 1:
+        found.append(
+            f"WARMUP_RATIO is {settings['WARMUP_RATIO']}; it is a share of all steps: --warmup_ratio 0.03"
+        )
+    for name in ("MAX_TRAIN_SAMPLES", "MAX_EVAL_SAMPLES", "MAX_STEPS"):
+        if settings[name] is not None and settings[name] < 1:
+            found.append(
+                f"{name} is {settings[name]}; give a number above 0, or none for all: --{name.lower()} none"
+            )
+    for name in ("EVAL_STEPS", "SAVE_STEPS"):
+        if settings[name] > 1 and settings[name] != int(settings[name]):
+            found.append(f"{name} is {settings[name]}; above 1 it counts steps and must be whole")
+    ratio = settings["SAVE_STEPS"] / max(settings["EVAL_STEPS"], 1e-9)
+    if (
+        (settings["SAVE_STEPS"] < 1) != (settings["EVAL_STEPS"] < 1)
+        or abs(ratio - round(ratio)) > 1e-6
+        or ratio < 1 - 1e-6
+    ):
+        found.append(
+            f"SAVE_STEPS ({settings['SAVE_STEPS']}) must be a multiple of EVAL_STEPS ({settings['EVAL_STEPS']}), so that "
+            f"every saved checkpoint has been evaluated: --save_steps {settings['EVAL_STEPS']}"
+        )
+    if settings["PRECISION"] not in ("auto", "bf16", "fp16", "fp32"):
+        found.append(f"PRECISION is {settings['PRECISION']!r}; choose auto, bf16, fp16 or fp32")
+    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if settings.get("USE_4BIT") and zero3:
+        found.append(
+            "ZeRO-3 cannot split a 4-bit base: launch with --zero_stage 2, or train LoRA over 16 bits: --use_4bit false"
+        )
+    if settings.get("USE_DEEPSPEED"):
+        path = files.local_path(settings["DEEPSPEED_CONFIG"])
+        if path is None:
+            found.append(
+                f"DEEPSPEED_CONFIG {settings['DEEPSPEED_CONFIG']!r} is missing; use configs/ds_config.json"
+            )
+        elif "offload" in path.read_text("utf-8") and not shutil.which("nvcc"):
+            found.append(
+                f"{path} offloads to the CPU, which compiles with the CUDA toolkit, and nvcc is not there; install it"
+            )
+    return found
+
+
+def precision(choice: str) -> tuple[torch.dtype, str]:
+    """The dtype to compute in and why: bf16 only where the hardware has it, fp16 on older GPUs, fp32 else."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if choice != "auto":
+        return named[choice], "chosen by PRECISION"
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has bf16"
+        return torch.float16, "the GPU has no bf16 of its own"
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "the CPU has bf16 instructions"
+    return torch.float32, "the CPU has no bf16 instructions"
+
+
+def model_config(name: str, revision: str | None, max_length: int):
+    """The model's configuration, read before its weights. Ends with exit code 2 when rows would not fit its positions."""
+    with files.hub_errors("model", name, "MODEL_NAME"):
+        config = AutoConfig.from_pretrained(files.model_path(name), revision=revision)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        fail(
+            f"MAX_LENGTH is {max_length}, but {name} has only {positions} positions: --max_length {positions}"
+        )
+    return config
+
+
+def prepare_deepspeed(config: str) -> str:
+    """Path of a DeepSpeed configuration for SFTConfig; under plain `python`, sets up the one process that it expects."""
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        os.environ.setdefault(name, value)  # without these DeepSpeed looks for MPI
+    os.environ.setdefault("MASTER_PORT", str(files.free_port()))
+    return str(files.local_path(config))
+
+
+def token_rows(
+    data_dir: str, part: str, limit: int | None, tokenizer, max_length: int, max_drop_fraction: float
+) -> Dataset:
+    """Rows of "train" or "validation" as the trainer takes them: input_ids, labels (-100 on the prompt), length.
+
+    A row that does not fit max_length is dropped and counted, never cut: a cut answer teaches to stop in
+    mid-sentence. limit: use so many rows (None: all). Raises: SystemExit(2) when more than max_drop_fraction goes.
+    """
+    rows = files.load_split(data_dir, "train" if part == "train" else "eval")
+    if part != "train":
+        rows = rows.filter(lambda p: p == part, input_columns="part", keep_in_memory=True)
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+
+    def encode(row: dict) -> dict:
+        context, answer = files.encode(tokenizer, row["prompt"], row["completion"])
+        ids = context + answer
+        return {"input_ids": ids, "labels": [-100] * len(context) + answer, "length": len(ids)}
+
+    # keep_in_memory: the ids depend on a template that the cache's fingerprint would not see
+    encoded = rows.map(encode, remove_columns=rows.column_names, keep_in_memory=True, desc="tokenising")
+    fitting = encoded.filter(lambda n: n <= max_length, input_columns="length", keep_in_memory=True)
+    dropped = len(encoded) - len(fitting)
+    if dropped:
+        files.say(
+            f"rows: {dropped} of {len(encoded)} are longer than MAX_LENGTH={max_length} tokens and are left out"
+        )
+    if dropped > max_drop_fraction * len(encoded) or not len(fitting):
+        fail(
+            f"{dropped} of {len(encoded)} rows are longer than MAX_LENGTH={max_length} tokens, more than "
+            f"MAX_DROP_FRACTION={max_drop_fraction} allows; raise it: --max_length {max(encoded['length'])}"
+        )
+    return fitting
+
+
+# --- resume
+
+
+SAME_RUN = (
+    "LOGGING_STEPS",
+    "SAVE_TOTAL_LIMIT",
+    "RESUME",
+    "REPORT_TO",
+)  # may differ between a run and its continuation
+
+
+def resume_point(output_dir: str, resume: bool | str, settings: dict, manifest_sha256: str) -> str | None:
+    """The checkpoint to go on from, or None for a fresh start (which removes what an older run left behind).
+
+    resume: True goes on or ends with exit code 2; False starts afresh; "auto" goes on where an unfinished run with the
+    same settings and data lies. A checkpoint that was cut off while it was written is not used.
+    """
+    folder = Path(output_dir)
+    complete, broken = [], []
+    for path in folder.glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            # the Trainer writes this file last
+            complete.append(
+                (json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path)
+            )
+            continue
+        broken.append(path)
+    last = max(complete)[1] if complete else None
+
+    log, why = {}, "there is no checkpoint"
+    with contextlib.suppress(OSError, ValueError):
+        log = json.loads((folder / "training_log.json").read_text("utf-8"))
+    if last:
+        changed = [
+            k
+            for k, v in settings.items()
+            if k not in SAME_RUN and k in log.get("settings", {}) and log["settings"][k] != v
+        ]
+        if not log:
+            why = "its training_log.json is missing"
+        elif changed:
+            why = f"{changed[0]} was {log['settings'][changed[0]]!r} and is {settings[changed[0]]!r}"
+        elif log["data"]["manifest_sha256"] != manifest_sha256:
+            why = "the data were prepared anew"
+        elif log["summary"]["status"] == "done" and resume != True:  # noqa: E712 ("auto" is not True)
+            why = "it is finished"
+        else:
+            why = ""
+    if resume is True and why:
+        fail(
+            f"RESUME is true, but {output_dir} cannot be continued: {why}; start afresh with: --resume false"
+        )
+    if resume is not False and not why:
+        files.say(f"resuming from {last}")
+        return str(last)
+    if files.main_process():
+        if last and resume is not False:
+            files.say(f"starting afresh; the older run in {output_dir} is not continued: {why}")
+        for path in [p for _, p in complete] + broken + [folder / "runs"]:
+            shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
+# --- while it runs
+
+
+def peak_memory() -> int:
+    """Bytes: the most that the tensors on the GPU took, or that this process held on a machine without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+
+
+class RunLog(TrainerCallback, ExportableState):
+    """Renews training_log.json at every logging step, ends the run well on Ctrl-C or SIGTERM, and stops it at a NaN.
+
+    What must go on across a resume (time, peak memory) travels in the checkpoint's trainer_state.json.
+    """
+
+    def __init__(
+        self, method: str, settings: dict, manifest: dict, rows: dict, config, resumed_from: str | None
+    ):
+        """rows: {"train_rows": n, "eval_rows": n}; config: the model's; resumed_from: a checkpoint or None."""
+        self.path = Path(settings["OUTPUT_DIR"]) / "training_log.json"
+        self.head = {
+            "method": method,
+            "model_name": settings["MODEL_NAME"],
+            "settings": settings,
+            "environment": files.environment(),
+            "parameters": {"trainable": None, "total": None, "percent": None},
+            "data": {"manifest_sha256": manifest["manifest_sha256"], **rows},
+        }
+        self.manifest, self.resumed_from = manifest, resumed_from
+        self.model_parameters = parameter_count(config)
+        self.seconds, self.peak, self.began = 0.0, 0, None
+        self.signal: int | None = None
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of this callback (transformers' ExportableState)."""
+        return {"args": {}, "attributes": {"seconds": self.elapsed(), "peak": max(self.peak, peak_memory())}}
+
+    def elapsed(self) -> float:
+        return self.seconds + (time.monotonic() - self.began if self.began is not None else 0.0)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.resumed_from:
+            saved = state.stateful_callbacks.get("RunLog", {})
+            saved = saved[-1] if isinstance(saved, list) else saved
+            self.seconds, self.peak = saved["attributes"]["seconds"], saved["attributes"]["peak"]
+        self.began = time.monotonic()
+        trainable = get_model_param_count(model, trainable_only=True)
+        total = self.model_parameters + (trainable if hasattr(model, "peft_config") else 0)
+        self.head["parameters"] = {
+            "trainable": trainable,
+            "total": total,
+            "percent": round(100 * trainable / total, 4),
+        }
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        self.write(state, "running")
+
+    def on_signal(self, number, frame):
+        if self.signal is not None:  # asked twice: at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = number
+        files.say(
+            f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint (again: stop at once)"
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = self.signal is not None
+        if (
+            args.world_size > 1
+        ):  # all processes must stop at the same step, or they wait for one another for ever
+            flag = torch.tensor(float(stop), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            stop = bool(flag.item())
+            self.signal = self.signal or (signal.SIGTERM if stop else None)
+        if stop:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.write(state, "running")
+        for key in ("loss", "eval_loss"):
+            if key in (logs or {}) and not math.isfinite(logs[key]):
+                self.write(state, "failed")
+                kept = state.best_model_checkpoint or "none was saved"
+                raise FloatingPointError(
+                    f"{key} is {logs[key]} at step {state.global_step}; last good checkpoint: {kept}; "
+                    "try a lower LEARNING_RATE or PRECISION fp32"
+                )
+
+    def write(self, state, status: str) -> None:
+        """Replace training_log.json by the state of this moment (main process only)."""
+        if not state.is_world_process_zero:
+            return
+        history = [
+            {k: (v if not isinstance(v, float) or math.isfinite(v) else str(v)) for k, v in record.items()}
+            for record in state.log_history
+            if "loss" in record or "eval_loss" in record
+        ]
+        losses = [(r["step"], r["loss"]) for r in history if isinstance(r.get("loss"), float)]
+        spans = np.diff([0] + [step for step, _ in losses])
+        seconds = self.elapsed()
+        summary = {
+            "status": status,
+            "train_runtime_s": round(seconds, 2),
+            "steps": state.global_step,
+            "epochs": round(state.epoch or 0.0, 4),
+            "train_loss": float(np.average([x for _, x in losses], weights=spans)) if losses else None,
+            "eval_loss": state.best_metric if state.best_metric is None else float(state.best_metric),
+            "tokens": int(state.num_input_tokens_seen),
+            "tokens_per_second": round(state.num_input_tokens_seen / seconds, 1) if seconds else None,
+            "peak_memory_bytes": max(self.peak, peak_memory()),
+            "best_checkpoint": state.best_model_checkpoint,
+            "resumed_from": self.resumed_from,
+        }
+        if summary["eval_loss"] is not None and not math.isfinite(summary["eval_loss"]):
+            summary["eval_loss"] = None
+        files.write_json(self.path, {**self.head, "history": history, "summary": summary})
+
+
+def parameter_count(config) -> int:
+    """Parameters of a model from its configuration alone. (A 4-bit model counts two of its weights as one.)"""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=True):
+        model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
+    """Train. An interruption ends the process with 130 or 143 and names the checkpoint; a NaN ends it with 1."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except FloatingPointError as error:
+        files.say(f"error: {error}")
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        log.write(trainer.state, "failed")
+        size = trainer.args.per_device_train_batch_size
+        fail(
+            f"the GPU's memory is full at BATCH_SIZE={size} ({str(error).split('. ')[0]}); halve it and double "
+            f"GRADIENT_ACCUMULATION_STEPS: --batch_size {max(size // 2, 1)} --gradient_accumulation_steps "
+            f"{trainer.args.gradient_accumulation_steps * 2}; or use shorter rows (MAX_LENGTH), or LoRA with USE_4BIT"
+        )
+    if log.signal is not None:
+        log.write(trainer.state, "interrupted")
+        saved = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
+        files.say(
+            f"interrupted at step {trainer.state.global_step}; saved {saved}; the same command goes on from there"
+        )
+        sys.stdout.flush()
+        # a plain exit would wait for the other processes; they leave the same way
+        os._exit(128 + log.signal)
+
+
+# --- the final folder
+
+
+def save_final(trainer: ExactTrainer, folder: str, dtype: torch.dtype | None, log: RunLog) -> None:
+    """Write the model, its tokenizer with the chat template, and a model card; nothing pickled; all or nothing.
+
+    dtype: of the saved weights (full model: the source's), or None to save them as they are (an adapter).
+    Collective: call it in every process.
+    """
+    name = log.head["model_name"]
+    staged = Path(folder).with_name(f".{Path(folder).name}-new")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(staged, ignore_errors=True)
+    if hasattr(trainer.model, "peft_config"):
+        trainer.model.peft_config["default"].base_model_name_or_path = files.model_path(name)
+    trainer.model.generation_config.eos_token_id = sorted(
+        {trainer.processing_class.eos_token_id, files.answer_end(trainer.processing_class)}
+    )
+    trainer.save_model(str(staged))  # gathers the shards of DeepSpeed; writes in the main process only
+    if trainer.is_world_process_zero():
+        (staged / "training_args.bin").unlink(missing_ok=True)
+        if dtype is not None:
+            cast_folder(staged, dtype)
+        files.write_text(staged / "README.md", model_card(log, trainer.state, Path(folder)))
+        files.put_folder(staged, Path(folder))
+
+
+def model_card(log: RunLog, state, folder: Path) -> str:
+    """A model card: where the model comes from, what it was trained on and how, what came out, how to load it."""
+    name, settings, rows = log.head["model_name"], log.head["settings"], log.head["data"]
+    base = Path(name).name if files.local_path(name) else name
+    source = (
+        Path(log.manifest["source"]).name
+        if files.local_path(log.manifest["source"])
+        else log.manifest["source"]
+    )
+    lora = log.head["method"] == "lora"
+    load = "AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM"
+    shown = ["LEARNING_RATE", "NUM_EPOCHS", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "MAX_LENGTH", "SEED"]
+    shown += ["LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGET_MODULES", "USE_4BIT"] if lora else []
+    table = "\n".join(f"| {key} | {settings[key]} |" for key in shown)
+    loss = "not measured" if state.best_metric is None else f"{state.best_metric:.4f} nats per token"
+    # a folder on this machine is not a Hub id, which is all that the card's metadata may name
+    meta = "" if files.local_path(name) else f"base_model: {name}\n"
+    return f"""---
+library_name: {"peft" if lora else "transformers"}
+pipeline_tag: text-generation
+{meta}tags: [trl, sft]
+---
+
+# {base}, {"LoRA adapter" if lora else "fully fine-tuned"}
+
+Fine-tuned from `{base}` on `{source}` ({rows["train_rows"]} rows; the loss is taken on the answers only).
+Validation loss of the kept checkpoint: {loss} on {rows["eval_rows"]} rows, after {state.global_step} steps in all.
+
+| setting | value |
+|---|---|
+{table}
+
+```python
+from {"peft" if lora else "transformers"} import {load}
+from transformers import AutoTokenizer
+
+model = {load}.from_pretrained("{folder.name}")
+tokenizer = AutoTokenizer.from_pretrained("{folder.name}")
+chat = [{{"role": "user", "content": "What is an ETF?"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0][inputs["input_ids"].shape[1]:]))
+```
+"""
+
+
+def cast_folder(folder: Path, dtype: torch.dtype) -> None:
+    """Rewrite the float tensors of a saved model in another dtype, file by file, and say so in its config.json."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        save_file(tensors, path, metadata=metadata)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text("utf-8"))
+        content["metadata"]["total_size"] = total
+        files.write_json(index, content)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    files.write_json(folder / "config.json", config)
