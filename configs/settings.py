@@ -249,8 +249,8 @@ def read_constants(path: str | Path) -> dict[str, Constant]:
 
     found = {}
     for node in body:
-        calls = (n for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(node, ast.If | ast.Expr))
-        if any(ast.unparse(call.func).split(".")[-1] == "override" for call in calls):
+        calls = (ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call))
+        if any(call.split(".")[-1] == "override" for call in calls):
             break
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
         target = node.target if isinstance(node, ast.AnnAssign) else target

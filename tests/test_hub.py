@@ -92,6 +92,9 @@ def test_model_loads_by_name_and_again_offline_without_the_server(hub: Hub, fold
         "template": None,
         "tokens": tokenizer.get_vocab_size(),
     }
+    # What makes phi-2 awkward, and so what other tests want this model to have.
+    assert weights["lm_head.bias"].dtype == "float16" and (weights["lm_head.bias"] != 0).all()
+    assert got["eos"] == got["tokens"] - 1 < len(weights["lm_head.bias"]) - 1
     assert any(
         r.startswith(f"GET /{MODEL}/resolve/") and r.endswith("/model.safetensors") for r in hub.requests
     )
@@ -131,7 +134,6 @@ socket.getaddrinfo = only_loopback
 """
     env = {"PATH": os.environ["PATH"], "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
     tried = "print(json.dumps(sorted(set(tried))))"
-    assert run(guard + LOAD_MODEL + tried, env) == []
     # The viewer of the data set, and a bucket that counts downloads: Hub.env keeps both from being looked up.
     hosts = ["datasets-server.127.0.0.1", "s3.amazonaws.com"]
     assert run(guard + LOAD_DATASET.format(name=DATASET) + tried, env) == hosts

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.settings import (
@@ -86,7 +86,7 @@ def root(tmp_path):
 
 
 def preset(root, text, name="demo"):
-    (root / "configs" / "presets" / f"{name}.yaml").write_text(text)
+    (root / "configs" / "presets" / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
 def run(root, section, *flags, env=None, launcher=()):
@@ -160,6 +160,13 @@ def test_read_constants_hash_in_text_and_several_lines(tmp_path):
     known = read_constants(script)
     assert {name: c.help for name, c in known.items()} == {"URL": "where", "WORDS": "which", "NO_HELP": ""}
     assert known["URL"].default == "http://x#y" and known["WORDS"].items == ("str",)
+
+
+@pytest.mark.parametrize("call", ["override(globals())", "CHANGED = settings.override(globals())"])
+def test_read_constants_stops_at_the_call(tmp_path, call):
+    script = tmp_path / "x.py"
+    script.write_text(f'"""Not yet: override(globals())."""\nA = 1\n{call}\nB = 2\n')
+    assert list(read_constants(script)) == ["A"]
 
 
 # --- flags
@@ -468,6 +475,9 @@ def test_broken_presets(root, capsys, text, said):
 def test_empty_preset(root):
     preset(root, "# nothing yet\n")
     assert lora(root, ["--preset", "demo"]) == {}
+    # with the byte order mark that some editors write
+    preset(root, "\ufefflora: {lora_r: 4}\n")
+    assert lora(root, ["--preset", "demo"]) == {"LORA_R": 4}
 
 
 def test_unknown_preset_lists_what_exists(root):
@@ -609,6 +619,7 @@ VALUES = {
 TYPED = st.sampled_from(sorted(VALUES)).flatmap(lambda kind: st.tuples(st.just(kind), VALUES[kind][0]))
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(TYPED, st.booleans())
 def test_any_value_survives_its_flag(tmp_path_factory, typed, optional):
     kind, wanted = typed
@@ -621,6 +632,7 @@ def test_any_value_survives_its_flag(tmp_path_factory, typed, optional):
     assert constants["X"] == expected and type(constants["X"]) is type(expected)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(TYPED)
 def test_any_value_survives_a_preset(tmp_path_factory, typed):
     kind, wanted = typed

@@ -1,0 +1,120 @@
+"""Makes the demo's base model: a small Phi causal LM and its tokenizer, pre-trained for under a minute on this CPU.
+
+Reads:  configs/demo/finance_prose.txt and the statements of finance_templates.py (no row of finance_qa.jsonl)
+Writes: outputs/demo_base_model/: model, tokenizer, and general_text.txt (prose held out from the pre-training)
+
+    python configs/demo/base_model.py
+
+It has phi-2's habits (PhiForCausalLM, float16, a bias on the head, `<|endoftext|>` as its only special token, no pad token,
+no chat template), so that the demo meets what the real run meets. It is a toy that knows a little textbook finance.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # run by its path, python looks for modules beside the script only
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+
+from configs import files
+from configs.demo import finance_templates
+
+FOLDER = "outputs/demo_base_model"  # relative to the current folder, as every output is
+END = "<|endoftext|>"
+SEED = 0
+VOCABULARY = 2048
+STATEMENTS = 3000
+STEPS, BATCH, LENGTH = 140, 16, 128  # optimizer steps, sequences a step, tokens a sequence
+LEARNING_RATE = 3e-3
+
+
+def corpus() -> tuple[list[str], list[str]]:
+    """(texts to pre-train on, held-out prose): paragraphs and statements, none of them a row of finance_qa.jsonl."""
+    paragraphs = (ROOT / "configs/demo/finance_prose.txt").read_text("utf-8").strip().split("\n\n")
+    held_out = len(paragraphs) // 10
+    statements = finance_templates.statements(STATEMENTS, seed=1)
+    # the prose three times: it is the smaller part, and the only one with connected sentences
+    return paragraphs[:-held_out] * 3 + statements, paragraphs[-held_out:]
+
+
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on `texts`; every string can be encoded, and the end token is the only special one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END, model_max_length=1024
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> PhiForCausalLM:
+    """A Phi of about three million parameters with random weights."""
+    config = PhiConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
+    return PhiForCausalLM(config)
+
+
+def pretrain(model: PhiForCausalLM, ids: torch.Tensor) -> float:
+    """Train on random windows of `ids` (one long row of token ids); the mean loss of the last 20 steps, in nats."""
+    random = torch.Generator().manual_seed(SEED)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
+    schedule = get_cosine_schedule_with_warmup(optimizer, STEPS // 20, STEPS)
+    losses = []
+    for _ in tqdm(range(STEPS), desc="pre-training the demo's base model"):
+        starts = torch.randint(len(ids) - LENGTH, (BATCH,), generator=random)
+        batch = torch.stack([ids[s : s + LENGTH] for s in starts.tolist()])
+        # a third faster where the CPU has bf16 instructions, and harmless to a toy where it has not
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / 20
+
+
+def main() -> None:
+    began = time.monotonic()
+    torch.manual_seed(SEED)
+    texts, held_out = corpus()
+    tokenizer = make_tokenizer(texts)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(SEED)).tolist()
+    ids = torch.tensor([i for n in order for i in [*tokenizer(texts[n]).input_ids, tokenizer.eos_token_id]])
+    model = make_model(tokenizer)
+    loss = pretrain(model, ids)
+    with files.new_folder(FOLDER) as folder:
+        model.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        files.write_text(folder / "general_text.txt", "\n\n".join(held_out) + "\n")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"done: {FOLDER}, {millions:.1f} million parameters, pre-trained on {STEPS * BATCH * LENGTH:,} tokens in "
+        f"{time.monotonic() - began:.0f} s, last loss {loss:.2f} nats per token"
+    )
+
+
+if __name__ == "__main__":
+    main()
