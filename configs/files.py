@@ -22,11 +22,6 @@ from pathlib import Path
 from configs.settings import fail
 
 ROOT = Path(__file__).resolve().parent.parent
-# The libraries would otherwise report every run to their makers.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# A tokenizer that forked workers would warn about itself on every run.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 STEP_1 = "python 1_prepare_dataset.py"
 
 

@@ -451,7 +451,10 @@ def override(constants: dict, argv: list[str] | None = None) -> dict:
     script = Path(constants["__file__"]).absolute()
     known = read_constants(script)
     if "-h" in argv or "--help" in argv:
-        print(_help(script, constants.get("__doc__") or "", known))
+        try:
+            print(_help(script, constants.get("__doc__") or "", known), flush=True)
+        except BrokenPipeError:  # `--help | head`: nobody reads on, so the interpreter must not flush again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
 
     problems = []

@@ -326,6 +326,16 @@ def test_help(root):
     assert run(root, "lora", "-h").stdout == text
 
 
+def test_help_into_a_closed_pipe(root):
+    read, write = os.pipe()
+    os.close(read)
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "2_lora_finetuning.py", "--help"]
+    done = subprocess.run(command, cwd=root, env=env, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help_needs_no_heavy_imports(root):
     preset(root, "lora:\n  lora_r: 8\n")
     code = (

@@ -84,8 +84,7 @@ def pretrain(model: PhiForCausalLM, ids: torch.Tensor) -> float:
     for _ in tqdm(range(STEPS), desc="pre-training the demo's base model"):
         starts = torch.randint(len(ids) - LENGTH, (BATCH,), generator=random)
         batch = torch.stack([ids[s : s + LENGTH] for s in starts.tolist()])
-        # a third faster where the CPU has bf16 instructions, and harmless to a toy where it has not
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
