@@ -156,6 +156,7 @@ def load_model(c: SimpleNamespace, name: str, log: dict | None, dtype: torch.dty
             quantization_config=nf4 if four_bit else None,
             device_map={"": device},
         )
+    files.keep_4bit_layout(model)
     if name == "lora":
         model = PeftModel.from_pretrained(model, str(Path(c.LORA_DIR) / FOLDERS["lora"]))
     return model.eval()

@@ -399,6 +399,17 @@ def answer_end(tokenizer) -> int:
 # --- machine
 
 
+def keep_4bit_layout(model) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference when a CPU with avx512_bf16 first evaluates them.
+
+    It does so once and for all (0.50.2): from the first evaluation on, no gradient passes through the 4-bit layers, and
+    a layer whose width is no multiple of 64 fails. Training, evaluation and scoring then share one arithmetic, too.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def free_port() -> int:
     """A TCP port of the loopback interface that is free now."""
     with socket.socket() as s:

@@ -98,11 +98,7 @@ class ExactTrainer(SFTTrainer):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-        # In eval mode on a CPU with avx512_bf16, bitsandbytes repacks its weights for inference, once and for all: from
-        # the first evaluation on, no gradient would pass through the 4-bit layers.
-        for module in self.model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        files.keep_4bit_layout(self.model)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -58,12 +58,12 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> PhiForCausalLM:
-    """A Phi of about three million parameters with random weights."""
+    """A Phi of about two million parameters with random weights."""
     config = PhiConfig(
         vocab_size=VOCABULARY,
         hidden_size=192,
         intermediate_size=768,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=6,
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
