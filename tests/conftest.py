@@ -1,0 +1,106 @@
+"""What the tests share: small real models and data, made here, and the scripts run as real subprocesses."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+SCRIPTS = ["1_prepare_dataset.py", "2_lora_finetuning.py", "3_full_finetuning.py", "4_evaluate_compare.py"]
+
+# Nothing a test starts may reach out, find this machine's GPU or its user's caches, or fight over the cores.
+os.environ.update(
+    HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_DISABLE_TELEMETRY="1", CI="1"
+)
+os.environ.pop("HF_TOKEN", None)
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def run(*command: object, cwd: Path, env: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a script of the project (by name) or a python command line in `cwd`, as a user would; text output."""
+    words = [str(word) for word in command]
+    if words[0].endswith(".py") and not os.path.isabs(words[0]):
+        words[0] = str(ROOT / words[0])
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+    )
+
+
+def ok(result: subprocess.CompletedProcess) -> str:
+    """The output of a run that must have succeeded."""
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return result.stdout
+
+
+def refused(result: subprocess.CompletedProcess, *said: str) -> list[str]:
+    """The `error:` lines of a run that must have ended as the user's mistake: exit code 2, no traceback."""
+    assert result.returncode == 2, f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    for words in said:
+        assert words in "\n".join(errors), errors
+    return errors
+
+
+def load_script(name: str):
+    """A numbered script as a module, with its constants at their defaults."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem.lstrip("0123456789_"), ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    """A .jsonl file of `rows`."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# Flags that make a training of the tiny model short and exact on any CPU.
+SHORT = (
+    "--precision fp32 --gradient_checkpointing false --logging_steps 1 --eval_steps 2 --save_steps 2 --batch_size 2 "
+    "--gradient_accumulation_steps 2 --max_steps 4 --warmup_ratio 0.1"
+).split()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with a tiny Phi model and its tokenizer, as phi-2 in everything but size."""
+    from hub import tiny_phi
+
+    return tiny_phi(tmp_path_factory.mktemp("tiny") / "tiny-phi")
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, tiny) -> Path:
+    """A working folder in which step 1 has prepared 160 rows for the tiny model. Copy it before writing into it."""
+    from hub import finance_rows
+
+    folder = tmp_path_factory.mktemp("prepared")
+    rows = write_rows(folder / "rows.jsonl", finance_rows(160))
+    ok(run(SCRIPTS[0], "--dataset_name", rows, "--model_name", tiny, "--eval_fraction", "0.2", cwd=folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tiny, prepared) -> Path:
+    """A copy of `prepared` in which steps 2 and 3 have made their models in four optimizer steps."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("trained") / "work"
+    shutil.copytree(prepared, folder)
+    for script in SCRIPTS[1:3]:
+        ok(run(script, "--model_name", tiny, *SHORT, cwd=folder))
+    return folder
