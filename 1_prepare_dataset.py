@@ -1,6 +1,8 @@
-"""Turns an instruction data set into chat messages, leaves out rows that cannot be learned from, and splits the rest.
+"""Turns an instruction data set into chat messages, leaves out rows that cannot be learned from, and splits
+the rest.
 
-Reads:  a data set of the Hugging Face Hub, or a local .json, .jsonl, .csv or .parquet file or a folder of them
+Reads:  a data set of the Hugging Face Hub, or a local .json, .jsonl, .csv or .parquet file or a folder of
+them
 Writes: data/train, data/eval (with its validation and test parts), data/test_prompts.json, data/manifest.json
 
     python 1_prepare_dataset.py
@@ -19,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from configs import files
 from configs.settings import fail, override, read_constants
 
 # --- data set
@@ -48,11 +51,10 @@ DATA_DIR = "data"  # folder for the result
 
 if __name__ == "__main__":
     override(globals())
+    files.go_online(DATASET_NAME, MODEL_NAME)  # first, because the libraries read its answer when they load
 
 import datasets
 from tqdm.auto import tqdm
-
-from configs import files
 
 ROLES = {
     "system": "system",
@@ -67,11 +69,13 @@ ROLES = {
 def format_to_chatml(example: dict) -> dict | list | str:
     """The conversation of one row. Replace the body to build prompts your own way.
 
-    example: the row with all its columns; those of the recognised schema are also there as `instruction`, `input` and
-    `output` (or `messages`). Return one of:
-    - {"messages": [...]} or the list itself: {role, content} messages, of which the last is the assistant's answer
+    example: the row with all its columns; those of the recognised schema are also there as `instruction`,
+    `input` and `output` (or `messages`). Return one of:
+    - {"messages": [...]} or the list itself: {role, content} messages, of which the last is the assistant's
+      answer
     - {"prompt": ..., "completion": ...}: each a string or a list of messages
-    - one string that ends with the row's `output`, e.g. f"### Instruction:\\n{q}\\n\\n### Response:\\n{a}"; it is split
+    - one string that ends with the row's `output`, e.g. f"### Instruction:\\n{q}\\n\\n### Response:\\n{a}";
+      it is split
       in front of the answer, so that the loss stays on the answer
     """
     if "messages" in example:
@@ -88,32 +92,45 @@ def format_to_chatml(example: dict) -> dict | list | str:
 # --- reading
 
 
-def read_rows(name: str, config: str | None, split: str, revision: str | None) -> tuple[list, collections.Counter]:
+def read_rows(
+    name: str, config: str | None, split: str, revision: str | None
+) -> tuple[list, collections.Counter]:
     """All rows as dicts, and the number of those that could not even be read, by reason."""
     path = files.local_path(name)
     unreadable: collections.Counter = collections.Counter()
     if path is None and files.looks_like_path(name):
-        fail(f"DATASET_NAME {name!r}: there is no such file or folder; give one, or the name of a Hub data set")
+        fail(
+            f"DATASET_NAME {name!r}: there is no such file or folder; give one, or the name of a Hub data set"
+        )
     if path is None:
         with files.hub_errors("data set", name, "DATASET_NAME"):
             try:
                 loaded = datasets.load_dataset(name, config, split=split, revision=revision)
             except ValueError as error:  # unknown split or configuration: the library lists what exists
                 if type(error) is ValueError and not isinstance(error.__cause__, OSError):
-                    fail(f"data set {name!r}: {' '.join(str(error).split())} (DATASET_SPLIT {split!r}, DATASET_CONFIG {config!r})")
+                    fail(
+                        f"data set {name!r}: {' '.join(str(error).split())} (DATASET_SPLIT {split!r}, "
+                        f"DATASET_CONFIG {config!r})"
+                    )
                 raise
         return list(tqdm(loaded, desc="reading", unit=" rows")), unreadable
     kinds = (".json", ".jsonl", ".csv", ".parquet")
     paths = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]
     if not paths or paths[0].suffix not in kinds:
-        fail(f"DATASET_NAME {name!r} is not a data set; known files are {', '.join(kinds)}, or a folder that holds some")
+        fail(
+            f"DATASET_NAME {name!r} is not a data set; known files are {', '.join(kinds)}, or a folder "
+            f"that holds some"
+        )
     rows: list = []
     for file in paths:
         try:
             rows.extend(read_file(file, unreadable))
         except UnicodeDecodeError as error:
             line = file.read_bytes()[: error.start].count(b"\n") + 1
-            fail(f"{file}, line {line}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f latin1 -t utf-8 {file}")
+            fail(
+                f"{file}, line {line}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f latin1 -t "
+                f"utf-8 {file}"
+            )
         except (OSError, ValueError) as error:
             fail(f"{file} cannot be read as {file.suffix[1:]}: {str(error).splitlines()[0]}")
     return rows, unreadable
@@ -135,10 +152,14 @@ def read_file(path: Path, unreadable: collections.Counter) -> Iterator[object]:
             content = json.loads(text, strict=False)
             yield from content
         elif path.suffix == ".json" and not looks_like_lines(text):
-            content = json.loads(text, strict=False)  # an object: the rows are its one list, e.g. {"data": [...]}
+            content = json.loads(
+                text, strict=False
+            )  # an object: the rows are its one list, e.g. {"data": [...]}
             lists = [value for value in content.values() if isinstance(value, list)]
             if len(lists) != 1:
-                raise ValueError("the file holds one object; a list of rows, or an object with one such list, is needed")
+                raise ValueError(
+                    "the file holds one object; a list of rows, or an object with one such list, is needed"
+                )
             yield from lists[0]
         else:
             for number, line in enumerate(text.split("\n"), 1):
@@ -162,14 +183,18 @@ def looks_like_lines(text: str) -> bool:
 # --- schema
 
 
-# What a set of columns is called, and the columns of (instruction, input, output, system); the first that fits is taken.
+# What a set of columns is called, and the columns of (instruction, input, output, system); the first that
+# fits is taken.
 SCHEMAS = [
     ("messages", {"messages": "messages"}),
     ("conversations", {"messages": "conversations"}),
     ("alpaca", {"instruction": "instruction", "input": "input", "output": "output", "system": "system"}),
     ("alpaca", {"instruction": "instruction", "input": "input", "output": "response", "system": "system"}),
     ("system/user/assistant", {"instruction": "user", "output": "assistant", "system": "system"}),
-    ("question/answer", {"instruction": "question", "input": "context", "output": "answer", "system": "system"}),
+    (
+        "question/answer",
+        {"instruction": "question", "input": "context", "output": "answer", "system": "system"},
+    ),
     ("question/answer", {"instruction": "query", "output": "answer"}),
     ("prompt/completion", {"instruction": "prompt", "output": "completion"}),
     ("prompt/completion", {"instruction": "prompt", "output": "response"}),
@@ -178,15 +203,22 @@ NEEDED = ("instruction", "output", "messages")
 
 
 def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, str]]:
-    """Name of the schema and {our column: the data set's}. Ends with exit code 2 when the columns fit none."""
+    """Name of the schema and {our column: the data set's}. Ends with exit code 2 when the columns fit
+    none."""
     if column_map:
         unknown = [f"{key}={value}" for key, value in column_map.items() if value not in columns]
-        wrong = [key for key in column_map if key not in ("instruction", "input", "output", "system", "messages")]
+        wrong = [
+            key for key in column_map if key not in ("instruction", "input", "output", "system", "messages")
+        ]
         if unknown:
-            fail(f"COLUMN_MAP names a column that is not there ({unknown[0]}); the columns are: {', '.join(columns)}")
+            fail(
+                f"COLUMN_MAP names a column that is not there ({unknown[0]}); the columns are: "
+                f"{', '.join(columns)}"
+            )
         if wrong or not ({"instruction", "output"} <= set(column_map) or "messages" in column_map):
             fail(
-                f"COLUMN_MAP {column_map} must map instruction and output (and input, system where there are any), "
+                f"COLUMN_MAP {column_map} must map instruction and output (and input, system where there "
+                f"are any), "
                 f"or messages; the columns are: {', '.join(columns)}"
             )
         return "COLUMN_MAP", column_map
@@ -209,7 +241,8 @@ class BadRow(Exception):
 
 
 def normalise(row: object, schema: dict[str, str]) -> dict:
-    """The row with the schema's columns under our names. Raises BadRow where an answer or a question is no text."""
+    """The row with the schema's columns under our names. Raises BadRow where an answer or a question is no
+    text."""
     if not isinstance(row, dict):
         raise BadRow("not an object with columns")
     example = {**row, **{ours: row.get(column) for ours, column in schema.items()}}
@@ -233,7 +266,8 @@ def normalise(row: object, schema: dict[str, str]) -> dict:
 
 
 def normalise_messages(messages: object) -> list[dict]:
-    """OpenAI's {role, content} or ShareGPT's {from, value}, content a string or text parts, as {role, content: str}."""
+    """OpenAI's {role, content} or ShareGPT's {from, value}, content a string or text parts, as {role,
+    content: str}."""
     if not isinstance(messages, list) or not messages:
         raise BadRow("missing messages")
     result = []
@@ -243,7 +277,10 @@ def normalise_messages(messages: object) -> list[dict]:
         role = ROLES.get(str(message.get("role", message.get("from"))).lower())
         content = message.get("content", message.get("value"))
         if isinstance(content, list):
-            parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+            parts = [
+                part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+                for part in content
+            ]
             content = None if None in parts else "".join(parts)
         if role is None or message.get("tool_calls"):
             raise BadRow("role or tool call that cannot be used")
@@ -256,9 +293,11 @@ def normalise_messages(messages: object) -> list[dict]:
 
 
 def to_conversation(example: dict, formatted: object) -> tuple[list[dict], list[dict]]:
-    """(prompt, completion) as messages from whatever format_to_chatml returned. Raises BadRow for an unusable row.
+    """(prompt, completion) as messages from whatever format_to_chatml returned. Raises BadRow for an unusable
+    row.
 
-    A string that does not hold the answer is the user's mistake in the function: it ends the run with a sentence.
+    A string that does not hold the answer is the user's mistake in the function: it ends the run with a
+    sentence.
     """
     if isinstance(formatted, str):
         return split_text(formatted, example.get("output"))
@@ -273,7 +312,8 @@ def to_conversation(example: dict, formatted: object) -> tuple[list[dict], list[
         formatted = normalise_messages(list(prompt) + list(completion))
     if not isinstance(formatted, list):
         fail(
-            f"format_to_chatml returned {type(formatted).__name__}; it must return messages, prompt and completion, "
+            f"format_to_chatml returned {type(formatted).__name__}; it must return messages, prompt and "
+            f"completion, "
             "or one string that ends with the answer"
         )
     messages = normalise_messages(formatted)
@@ -283,12 +323,14 @@ def to_conversation(example: dict, formatted: object) -> tuple[list[dict], list[
 
 
 def split_text(text: str, answer: object) -> tuple[list[dict], list[dict]]:
-    """Split one rendered string in front of its answer; the turns of the common templates become messages again."""
+    """Split one rendered string in front of its answer; the turns of the common templates become messages
+    again."""
     at = text.rfind(answer) if isinstance(answer, str) and answer else -1
     tail = text[at + len(answer) :] if at >= 0 else ""
     if at < 0 or re.sub(r"<\|im_end\|>|<\|endoftext\|>|</s>|<\|eot_id\|>", "", tail).strip():
         fail(
-            f"format_to_chatml returned a string that does not end with the row's answer {str(answer)[:60]!r}, so the loss "
+            f"format_to_chatml returned a string that does not end with the row's answer "
+            f"{str(answer)[:60]!r}, so the loss "
             "could not be kept on the answer; end it with the `output` column, or return messages"
         )
     before, turns = text[:at], []
@@ -310,7 +352,8 @@ def split_text(text: str, answer: object) -> tuple[list[dict], list[dict]]:
 
 
 def check(prompt: list[dict], completion: list[dict], marks: list[str]) -> None:
-    """Raise BadRow when a conversation has an empty side, repeats itself, or holds text that could pose as a turn."""
+    """Raise BadRow when a conversation has an empty side, repeats itself, or holds text that could pose as a
+    turn."""
     answer, text = completion[0]["content"], "\n".join(m["content"] for m in prompt)
     if not answer.strip():
         raise BadRow("empty answer")
@@ -328,8 +371,11 @@ def check(prompt: list[dict], completion: list[dict], marks: list[str]) -> None:
 # --- all rows
 
 
-def convert(rows: list, schema: dict[str, str], tokenizer, max_length: int) -> tuple[list[dict], collections.Counter]:
-    """The rows that can be learned from as {id, prompt, completion}, and the number of the others by reason."""
+def convert(
+    rows: list, schema: dict[str, str], tokenizer, max_length: int
+) -> tuple[list[dict], collections.Counter]:
+    """The rows that can be learned from as {id, prompt, completion}, and the number of the others by
+    reason."""
     kept, dropped, seen = [], collections.Counter(), set()
     marks = files.markers(tokenizer)
     for row in tqdm(rows, desc="checking", unit=" rows"):
@@ -353,7 +399,8 @@ def convert(rows: list, schema: dict[str, str], tokenizer, max_length: int) -> t
 
 
 def split_rows(rows: list[dict], fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """(train, eval) with `part` in eval. Rows with the same question stay together, so no answer is seen in training.
+    """(train, eval) with `part` in eval. Rows with the same question stay together, so no answer is seen in
+    training.
 
     The place of a row depends on its question and the seed alone, not on its place in the file.
     """
@@ -364,7 +411,13 @@ def split_rows(rows: list[dict], fraction: float, seed: int) -> tuple[list[dict]
     wanted = round(fraction * len(rows))
     train, validation, test = [], [], []
     for key in sorted(groups):
-        part = validation if len(validation) < wanted // 2 else test if len(test) < wanted - wanted // 2 else train
+        part = (
+            validation
+            if len(validation) < wanted // 2
+            else test
+            if len(test) < wanted - wanted // 2
+            else train
+        )
         part.extend(sorted(groups[key], key=lambda row: row["id"]))
     held_out = [{**row, "part": "validation"} for row in validation]
     return train, held_out + [{**row, "part": "test"} for row in test]
@@ -375,7 +428,9 @@ def choose_prompts(rows: list[dict], number: int) -> list[dict]:
     by_length = sorted(rows, key=lambda row: (len(row["completion"][0]["content"]), row["id"]))
     step = max(len(by_length) / number, 1)
     chosen = [by_length[int((i + 0.5) * step)] for i in range(min(number, len(by_length)))]
-    return [{"id": r["id"], "prompt": r["prompt"], "reference": r["completion"][0]["content"]} for r in chosen]
+    return [
+        {"id": r["id"], "prompt": r["prompt"], "reference": r["completion"][0]["content"]} for r in chosen
+    ]
 
 
 def save(data_dir: str, train: list[dict], held_out: list[dict], prompts: list[dict], manifest: dict) -> None:
@@ -385,10 +440,15 @@ def save(data_dir: str, train: list[dict], held_out: list[dict], prompts: list[d
     folder = Path(data_dir)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as staged:
         new = Path(staged)
-        for name, rows, extra in (("train", train, {}), ("eval", held_out, {"part": datasets.Value("string")})):
+        for name, rows, extra in (
+            ("train", train, {}),
+            ("eval", held_out, {"part": datasets.Value("string")}),
+        ):
             features = datasets.Features({**columns, **extra})
             datasets.Dataset.from_list(rows, features=features).save_to_disk(str(new / name))
-        (folder / "manifest.json").unlink(missing_ok=True)  # from here to the end, data/ says of itself: not complete
+        (folder / "manifest.json").unlink(
+            missing_ok=True
+        )  # from here to the end, data/ says of itself: not complete
         for name in ("train", "eval"):
             files.put_folder(new / name, folder / name)
         files.write_json(folder / "test_prompts.json", prompts)
@@ -399,9 +459,13 @@ def problems(settings: dict) -> list[str]:
     """What can be seen to be wrong in the constants before anything is read."""
     found = files.check_model(MODEL_NAME, MODEL_REVISION)
     if not 0 < settings["EVAL_FRACTION"] < 1:
-        found.append(f"EVAL_FRACTION is {settings['EVAL_FRACTION']}; it is a share of the rows: --eval_fraction 0.1")
+        found.append(
+            f"EVAL_FRACTION is {settings['EVAL_FRACTION']}; it is a share of the rows: --eval_fraction 0.1"
+        )
     if not 0 <= settings["MAX_DROP_FRACTION"] <= 1:
-        found.append(f"MAX_DROP_FRACTION is {settings['MAX_DROP_FRACTION']}; it is a share: --max_drop_fraction 0.2")
+        found.append(
+            f"MAX_DROP_FRACTION is {settings['MAX_DROP_FRACTION']}; it is a share: --max_drop_fraction 0.2"
+        )
     for name in ("MAX_LENGTH", "NUM_TEST_PROMPTS"):
         if settings[name] < 1:
             found.append(f"{name} is {settings[name]}; it must be at least 1")
@@ -414,7 +478,6 @@ def main() -> None:
         fail(*found)
     with files.lock(DATA_DIR):
         # --- read
-        files.go_online(DATASET_NAME, MODEL_NAME)
         tokenizer = files.load_tokenizer(MODEL_NAME, MODEL_REVISION, PROMPT_FORMAT)
         rows, dropped = read_rows(DATASET_NAME, DATASET_CONFIG, DATASET_SPLIT, DATASET_REVISION)
         read = len(rows) + dropped.total()
@@ -432,16 +495,21 @@ def main() -> None:
         # a duplicate is no fault of the data that a setting could mend
         faulty = dropped.total() - dropped["exact duplicate"]
         if faulty > MAX_DROP_FRACTION * read:
-            worst, number = (dropped - collections.Counter({"exact duplicate": dropped["exact duplicate"]})).most_common(1)[0]
+            worst, number = (
+                dropped - collections.Counter({"exact duplicate": dropped["exact duplicate"]})
+            ).most_common(1)[0]
             fail(
-                f"{faulty} of {read} rows cannot be used, more than MAX_DROP_FRACTION={MAX_DROP_FRACTION} allows; most: "
-                f"{number} x {worst}; mend the data, or accept it with: --max_drop_fraction {min(faulty / read + 0.01, 1):.2f}"
+                f"{faulty} of {read} rows cannot be used, more than "
+                f"MAX_DROP_FRACTION={MAX_DROP_FRACTION} allows; most: "
+                f"{number} x {worst}; mend the data, or accept it with: --max_drop_fraction "
+                f"{min(faulty / read + 0.01, 1):.2f}"
             )
         train, held_out = split_rows(kept, EVAL_FRACTION, SEED)
         sizes = collections.Counter(row["part"] for row in held_out)
         if not train or not sizes["validation"] or not sizes["test"]:
             fail(
-                f"{len(kept)} usable rows give {len(train)} to train on, {sizes['validation']} to validate and "
+                f"{len(kept)} usable rows give {len(train)} to train on, {sizes['validation']} to "
+                f"validate and "
                 f"{sizes['test']} to test; each needs one: add rows, or --eval_fraction 0.2"
             )
 
@@ -469,7 +537,10 @@ def main() -> None:
         f"{sizes['test']} to test in {DATA_DIR}/eval, {len(prompts)} test prompts"
     )
     if sizes["test"] < 100:
-        files.say(f"note: a test part of {sizes['test']} rows shows only large differences; 100 or more would be better")
+        files.say(
+            f"note: a test part of {sizes['test']} rows shows only large differences; 100 or more would "
+            f"be better"
+        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Takes about a minute on a laptop with --preset demo. After an interruption the s
 import os
 from types import SimpleNamespace
 
+from configs import files
 from configs.settings import fail, override, read_constants
 
 # --- model
@@ -62,12 +63,13 @@ OUTPUT_DIR = "outputs/full_model"  # checkpoints, training_log.json, TensorBoard
 
 if __name__ == "__main__":
     override(globals())
+    files.go_online(MODEL_NAME)  # first, because the libraries read its answer when they load
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTConfig
 
-from configs import files, training
+from configs import training
 
 
 def training_arguments(c: SimpleNamespace, dtype: torch.dtype) -> SFTConfig:
@@ -130,7 +132,6 @@ def main() -> None:
 
     with files.lock(OUTPUT_DIR):
         # --- data and precision
-        files.go_online(MODEL_NAME)
         config = training.model_config(MODEL_NAME, MODEL_REVISION, MAX_LENGTH)
         tokenizer = files.load_tokenizer(MODEL_NAME, MODEL_REVISION, manifest["settings"]["PROMPT_FORMAT"])
         fit = (tokenizer, MAX_LENGTH, MAX_DROP_FRACTION)

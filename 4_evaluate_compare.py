@@ -1,4 +1,5 @@
-"""Scores the base model, LoRA and full fine-tuning on the same held-out rows and says which differences are real.
+"""Scores the base model, LoRA and full fine-tuning on the same held-out rows and says which differences are
+real.
 
 Reads:  data/ (its test part), outputs/lora_model/final_lora_adapter, outputs/full_model/final_model
 Writes: outputs/evaluation_results.json, evaluation_examples.jsonl, evaluation_report.md and .html, plots/
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+from configs import files
 from configs.settings import fail, override, read_constants
 
 # --- models
@@ -29,7 +31,9 @@ FULL_DIR = "outputs/full_model"  # what 3_full_finetuning.py wrote
 # --- data
 DATA_DIR = "data"  # folder that 1_prepare_dataset.py filled
 MAX_EVAL_SAMPLES: int | None = None  # score only so many test rows; none is all
-GENERAL_TEXT: str | None = None  # text file that shows what was forgotten: paragraphs apart from the data set's subject
+GENERAL_TEXT: str | None = (
+    None  # text file that shows what was forgotten: paragraphs apart from the data set's subject
+)
 
 # --- scoring
 PRECISION = "auto"  # auto, bf16, fp16 or fp32; auto is exact on a CPU (fp32) and what the GPU has else
@@ -46,6 +50,7 @@ REPORT_DIR = "outputs"  # folder for the results, the report and its plots
 
 if __name__ == "__main__":
     override(globals())
+    files.go_online(MODEL_NAME)  # first, because the libraries read its answer when they load
 
 import evaluate
 import numpy as np
@@ -58,9 +63,9 @@ from sacrebleu.metrics import CHRF
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from configs import files
-
-PLAIN = "Question: {question}\n\nAnswer:"  # what a base model that was never shown a chat template is asked with
+PLAIN = (
+    "Question: {question}\n\nAnswer:"  # what a base model that was never shown a chat template is asked with
+)
 FOLDERS = {"lora": "final_lora_adapter", "full": "final_model"}
 STEPS = {"lora": "python 2_lora_finetuning.py", "full": "python 3_full_finetuning.py"}
 PAIRS = [("lora", "base"), ("full", "base"), ("full", "lora")]
@@ -73,25 +78,32 @@ METRICS = ("nll_per_token", "answer_quality", "style_match", "helpfulness")
 def find_models(c: SimpleNamespace, manifest: dict) -> tuple[dict[str, dict], list[str]]:
     """({"lora": training log, "full": ...} of the models that exist, notes on those that do not).
 
-    Raises: SystemExit(2) when there is none, or one was trained from another base or on other data: a row that is
-    tested here could have been trained on there.
+    Raises: SystemExit(2) when there is none, or one was trained from another base or on other data: a row
+    that is tested here could have been trained on there.
     """
     logs, notes, problems = {}, [], []
     for name, folder in (("lora", Path(c.LORA_DIR)), ("full", Path(c.FULL_DIR))):
         if not (folder / FOLDERS[name]).is_dir():
-            notes.append(f"{name} is not compared: {folder / FOLDERS[name]} is missing; make it with: {STEPS[name]}")
+            notes.append(
+                f"{name} is not compared: {folder / FOLDERS[name]} is missing; make it with: {STEPS[name]}"
+            )
             continue
         log = files.read_json(folder / "training_log.json", STEPS[name])
         if log["summary"]["status"] != "done":
-            problems.append(f"{folder} holds an unfinished run ({log['summary']['status']}); finish it with: {STEPS[name]}")
+            problems.append(
+                f"{folder} holds an unfinished run ({log['summary']['status']}); finish it with: "
+                f"{STEPS[name]}"
+            )
         if files.model_path(log["model_name"]) != files.model_path(c.MODEL_NAME):
             problems.append(
                 f"{folder} was trained from {log['model_name']!r}, but MODEL_NAME is {c.MODEL_NAME!r}; "
-                f"use --model_name {log['model_name']}, or train again with: {STEPS[name]} --model_name {c.MODEL_NAME}"
+                f"use --model_name {log['model_name']}, or train again with: {STEPS[name]} --model_name "
+                f"{c.MODEL_NAME}"
             )
         if log["data"]["manifest_sha256"] != manifest["manifest_sha256"]:
             problems.append(
-                f"{folder} was trained on other data than {c.DATA_DIR}/ holds now; train again with: {STEPS[name]}"
+                f"{folder} was trained on other data than {c.DATA_DIR}/ holds now; train again with: "
+                f"{STEPS[name]}"
             )
         logs[name] = log
     if problems:
@@ -101,8 +113,11 @@ def find_models(c: SimpleNamespace, manifest: dict) -> tuple[dict[str, dict], li
     return logs, notes
 
 
-def fairness(logs: dict[str, dict], test_rows: int, settings: SimpleNamespace, cut: dict[str, int]) -> list[str]:
-    """What keeps the comparison from being fair, one sentence each. cut: answers per model that reached the cap."""
+def fairness(
+    logs: dict[str, dict], test_rows: int, settings: SimpleNamespace, cut: dict[str, int]
+) -> list[str]:
+    """What keeps the comparison from being fair, one sentence each. cut: answers per model that reached the
+    cap."""
     found = []
     if test_rows < 100:
         found.append(f"the test part has only {test_rows} rows: only large differences can show")
@@ -110,7 +125,12 @@ def fairness(logs: dict[str, dict], test_rows: int, settings: SimpleNamespace, c
         if number:
             found.append(f"{number} answers of {name} were cut at MAX_NEW_TOKENS={settings.MAX_NEW_TOKENS}")
     for name, log in logs.items():
-        total = max(round(log["summary"]["steps"] / max(log["summary"]["epochs"], 1e-9) * log["settings"]["NUM_EPOCHS"]), 1)
+        total = max(
+            round(
+                log["summary"]["steps"] / max(log["summary"]["epochs"], 1e-9) * log["settings"]["NUM_EPOCHS"]
+            ),
+            1,
+        )
         if log["summary"]["steps"] <= math.ceil(total * log["settings"]["WARMUP_RATIO"]):
             found.append(f"{name} never left its warm-up ({log['summary']['steps']} steps)")
     if len(logs) == 2:
@@ -126,7 +146,8 @@ def fairness(logs: dict[str, dict], test_rows: int, settings: SimpleNamespace, c
             found.append(f"the methods differ in rows per step: {rows[0]} (lora), {rows[1]} (full)")
         if a["LEARNING_RATE"] == b["LEARNING_RATE"]:
             found.append(
-                f"both methods had the learning rate {a['LEARNING_RATE']}: LoRA's best is about ten times that of full "
+                f"both methods had the learning rate {a['LEARNING_RATE']}: LoRA's best is about ten "
+                f"times that of full "
                 "fine-tuning, so one of them was held back"
             )
         if logs["lora"]["data"]["train_rows"] != logs["full"]["data"]["train_rows"]:
@@ -163,7 +184,8 @@ def load_model(c: SimpleNamespace, name: str, log: dict | None, dtype: torch.dty
 
 
 def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Positions of the rows in batches of similar length, longest first, of at most `budget` padded tokens."""
+    """Positions of the rows in batches of similar length, longest first, of at most `budget` padded
+    tokens."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
@@ -175,7 +197,9 @@ def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], budget: int, label: str) -> np.ndarray:
+def score(
+    model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], budget: int, label: str
+) -> np.ndarray:
     """nll of each continuation given its context, in nats, float64, shape (rows,).
 
     rows: (context_ids, continuation_ids); a context holds at least one token. Only the logits that predict a
@@ -207,9 +231,16 @@ def score(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], budge
 
 @torch.inference_mode()
 def answer(
-    model: PreTrainedModel, tokenizer, prompts: list[list[int]], ends: list[int], limit: int, size: int, label: str
+    model: PreTrainedModel,
+    tokenizer,
+    prompts: list[list[int]],
+    ends: list[int],
+    limit: int,
+    size: int,
+    label: str,
 ) -> list[dict]:
-    """Greedy answers as {answer, stopped}: stopped is whether the model ended it by itself within `limit` tokens."""
+    """Greedy answers as {answer, stopped}: stopped is whether the model ended it by itself within `limit`
+    tokens."""
     result: list[dict] = [{} for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     bar = tqdm(total=len(prompts), desc=f"answering {label}", unit=" prompts")
@@ -242,7 +273,8 @@ def answer(
 
 
 class AnswerQuality(evaluate.Metric):
-    """Mean of ROUGE-L F1 (Lin 2004, rouge_score) and chrF (Popovic 2015, sacrebleu), both in [0, 1], per answer."""
+    """Mean of ROUGE-L F1 (Lin 2004, rouge_score) and chrF (Popovic 2015, sacrebleu), both in [0, 1], per
+    answer."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -257,18 +289,27 @@ class AnswerQuality(evaluate.Metric):
             (rouge.score(r, p)["rougeL"].fmeasure, chrf.sentence_score(p, [r]).score / 100)
             for p, r in zip(predictions, references, strict=True)
         ]
-        return {"rouge_l": [a for a, _ in parts], "chrf": [b for _, b in parts], "rows": [(a + b) / 2 for a, b in parts]}
+        return {
+            "rouge_l": [a for a, _ in parts],
+            "chrf": [b for _, b in parts],
+            "rows": [(a + b) / 2 for a, b in parts],
+        }
 
 
 class Words:
-    """Tokenizer for rouge_score: words of letters and digits, and single characters of Chinese, Japanese and Korean."""
+    """Tokenizer for rouge_score: words of letters and digits, and single characters of Chinese, Japanese and
+    Korean."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+", text.lower())
+        return re.findall(
+            r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+",
+            text.lower(),
+        )
 
 
 FUNCTION_WORDS = (
-    "the a an of to in and or is are be it that this for on with as by at from not you your can will if but they their "
+    "the a an of to in and or is are be it that this for on with as by at from not you your can will if "
+    "but they their "
     "which more than when"
 ).split()
 
@@ -276,8 +317,8 @@ FUNCTION_WORDS = (
 def style_match(text: str, reference: str) -> float:
     """How alike two answers are in form, in [0, 1]: the mean of four ratios that do not look at the content.
 
-    Number of words; words per sentence; share of lines that are list items or markdown; profile of function words
-    (cosine), as used in authorship attribution (Mosteller and Wallace 1964).
+    Number of words; words per sentence; share of lines that are list items or markdown; profile of function
+    words (cosine), as used in authorship attribution (Mosteller and Wallace 1964).
     """
 
     def features(s: str) -> tuple[float, float, float, np.ndarray]:
@@ -306,10 +347,12 @@ def repetitive(text: str) -> bool:
 
 
 def helpfulness_proxy(question: str, text: str, stopped: bool) -> float:
-    """A stand-in for a judge, in [0, 1]: the share of five things that a helpful answer does. It does not judge truth.
+    """A stand-in for a judge, in [0, 1]: the share of five things that a helpful answer does. It does not
+    judge truth.
 
-    It ends by itself, is not empty, does not repeat itself, is in the question's script (Latin, Chinese, ...), and takes
-    up the question's content words (the share of them that it takes up, at most half of them being asked for).
+    It ends by itself, is not empty, does not repeat itself, is in the question's script (Latin, Chinese,
+    ...), and takes up the question's content words (the share of them that it takes up, at most half of them
+    being asked for).
     """
 
     def script(s: str) -> str:
@@ -317,7 +360,9 @@ def helpfulness_proxy(question: str, text: str, stopped: bool) -> float:
         return "cjk" if cjk * 2 > len(re.findall(r"[^\W\d_]", s)) else "other"
 
     said = set(Words().tokenize(text))
-    asked = {w for w in Words().tokenize(question) if w not in FUNCTION_WORDS and (len(w) > 3 or not w.isascii())}
+    asked = {
+        w for w in Words().tokenize(question) if w not in FUNCTION_WORDS and (len(w) > 3 or not w.isascii())
+    }
     taken_up = min(2 * len(asked & said) / len(asked), 1.0) if asked else 1.0
     if not text.strip():
         return 0.2 * stopped
@@ -327,13 +372,16 @@ def helpfulness_proxy(question: str, text: str, stopped: bool) -> float:
 # --- statistics
 
 
-def compare(a: np.ndarray, b: np.ndarray, weight: np.ndarray, groups: list, resamples: int, seed: int) -> dict:
+def compare(
+    a: np.ndarray, b: np.ndarray, weight: np.ndarray, groups: list, resamples: int, seed: int
+) -> dict:
     """Difference a - b of two models on the same rows, with a 95 % interval and a two-sided p-value.
 
-    a, b: numerators per row (nll in nats, or a score), shape (rows,); weight: their common denominators (tokens, or 1);
-    the difference is sum(a - b) / sum(weight). groups: rows with the same question are drawn together. The interval is
-    the percentile bootstrap over groups (Efron and Tibshirani 1993), the p-value a sign-flip permutation test over
-    groups (Fisher 1935). Identical models give a difference of exactly 0 and p = 1.
+    a, b: numerators per row (nll in nats, or a score), shape (rows,); weight: their common denominators
+    (tokens, or 1); the difference is sum(a - b) / sum(weight). groups: rows with the same question are drawn
+    together. The interval is the percentile bootstrap over groups (Efron and Tibshirani 1993), the p-value a
+    sign-flip permutation test over groups (Fisher 1935). Identical models give a difference of exactly 0 and
+    p = 1.
     """
     index = {group: n for n, group in enumerate(dict.fromkeys(groups))}
     place = np.array([index[group] for group in groups])
@@ -375,10 +423,15 @@ def verdict(results: dict) -> str:
             continue
         low, high = c["ci95"]
         if low <= 0 <= high:
-            said.append(f"between {c['a']} and {c['b']} no difference shows ({c['difference']:+.3f}, [{low:+.3f}, {high:+.3f}])")
+            said.append(
+                f"between {c['a']} and {c['b']} no difference shows ({c['difference']:+.3f}, "
+                f"[{low:+.3f}, {high:+.3f}])"
+            )
         else:
             word = "better" if c["difference"] < 0 else "worse"
-            said.append(f"{c['a']} is {word} than {c['b']} by {abs(c['difference']):.3f} [{low:+.3f}, {high:+.3f}]")
+            said.append(
+                f"{c['a']} is {word} than {c['b']} by {abs(c['difference']):.3f} [{low:+.3f}, {high:+.3f}]"
+            )
     return "On the test part, in nats per token of the answers: " + "; ".join(said) + "."
 
 
@@ -399,7 +452,13 @@ def plots(results: dict, logs: dict[str, dict], folder: Path) -> list[str]:
         bars = axis.bar(names, values, color=["#888888", "#4477aa", "#cc6677"][: len(names)])
         spread = [np.exp(results["models"][name]["nll_ci95"]) for name in names]
         axis.errorbar(
-            names, values, np.abs(np.array(spread).T - values), fmt="none", ecolor="black", capsize=4, linewidth=1
+            names,
+            values,
+            np.abs(np.array(spread).T - values),
+            fmt="none",
+            ecolor="black",
+            capsize=4,
+            linewidth=1,
         )
         axis.bar_label(bars, fmt="%.2f", label_type="center", color="white")
         axis.set_ylabel("perplexity (lower is better)")
@@ -411,7 +470,9 @@ def plots(results: dict, logs: dict[str, dict], folder: Path) -> list[str]:
             for key, style in (("loss", "-"), ("eval_loss", "o--")):
                 points = [(r["step"], r[key]) for r in log["history"] if isinstance(r.get(key), float)]
                 label = f"{name}, {'training' if key == 'loss' else 'validation'}"
-                axis.plot(*zip(*points, strict=True), style, color=color, markersize=3, label=label) if points else None
+                axis.plot(
+                    *zip(*points, strict=True), style, color=color, markersize=3, label=label
+                ) if points else None
         axis.set_xlabel("optimizer steps")
         axis.set_ylabel("loss (nats per token)")
         axis.legend()
@@ -428,14 +489,18 @@ def cell(text: object) -> str:
 
 
 def write_report(results: dict, examples: list[dict], images: list[str], folder: Path) -> None:
-    """evaluation_report.md from configs/report, and evaluation_report.html from it, with the pictures inside."""
+    """evaluation_report.md from configs/report, and evaluation_report.html from it, with the pictures
+    inside."""
     import base64
 
     import markdown
 
     templates = Environment(
-        loader=FileSystemLoader(files.ROOT / "configs" / "report"), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
+        loader=FileSystemLoader(files.ROOT / "configs" / "report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     templates.filters["cell"] = cell
     text = templates.get_template("report.md.jinja").render(
@@ -459,18 +524,31 @@ def table(results: dict) -> str:
     text = ["".join([f"{'':34}"] + [f"{name:>10}" for name in names])]
     for label, key, form in lines:
         text.append(f"{label:34}" + "".join(f"{results['models'][name][key]:>10{form}}" for name in names))
-    text.append(f"{'ends its answers by itself':34}" + "".join(f"{results['models'][n]['answers']['stopped']:>10.0%}" for n in names))
+    text.append(
+        f"{'ends its answers by itself':34}"
+        + "".join(f"{results['models'][n]['answers']['stopped']:>10.0%}" for n in names)
+    )
     return "\n".join(text)
 
 
 # --- all together
 
 
-def measure(c: SimpleNamespace, name: str, log: dict | None, rows: list[dict], prompts: list[dict], manifest: dict, text: list) -> dict:
+def measure(
+    c: SimpleNamespace,
+    name: str,
+    log: dict | None,
+    rows: list[dict],
+    prompts: list[dict],
+    manifest: dict,
+    text: list,
+) -> dict:
     """Everything that one model is asked: nll per row and prompt style, answers, nll of the general text."""
     folder = {"lora": Path(c.LORA_DIR), "full": Path(c.FULL_DIR)}.get(name)
     source = c.MODEL_NAME if folder is None else str(folder / FOLDERS[name])
-    form = manifest["settings"]["PROMPT_FORMAT"] if folder is None else "auto"  # a trained model brings its template
+    form = (
+        manifest["settings"]["PROMPT_FORMAT"] if folder is None else "auto"
+    )  # a trained model brings its template
     tokenizer = files.load_tokenizer(source, c.MODEL_REVISION if folder is None else None, form)
     model = load_model(c, name, log, precision(c.PRECISION))
 
@@ -482,12 +560,18 @@ def measure(c: SimpleNamespace, name: str, log: dict | None, rows: list[dict], p
     # the answer's text alone: the token that ends it is the template's, which the base model was never shown
     forms = {"chat": [(context, continuation[:-1]) for context, continuation in chat]}
     if name == "base":
-        forms["plain"] = [(plain(row["prompt"]), cont) for row, (_, cont) in zip(rows, forms["chat"], strict=True)]
-    nll = {form: score(model, pairs, c.BATCH_TOKENS, f"{name}, {form} prompt") for form, pairs in forms.items()}
+        forms["plain"] = [
+            (plain(row["prompt"]), cont) for row, (_, cont) in zip(rows, forms["chat"], strict=True)
+        ]
+    nll = {
+        form: score(model, pairs, c.BATCH_TOKENS, f"{name}, {form} prompt") for form, pairs in forms.items()
+    }
     best = min(nll, key=lambda form: nll[form].sum())
 
     asked = [
-        plain(p["prompt"]) if best == "plain" else files.encode(tokenizer, p["prompt"], [{"role": "assistant", "content": "a"}])[0]
+        plain(p["prompt"])
+        if best == "plain"
+        else files.encode(tokenizer, p["prompt"], [{"role": "assistant", "content": "a"}])[0]
         for p in prompts
     ]
     ends = sorted({tokenizer.eos_token_id, files.answer_end(tokenizer)})
@@ -495,11 +579,17 @@ def measure(c: SimpleNamespace, name: str, log: dict | None, rows: list[dict], p
     general = None
     if text:
         start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-        pieces = [(start, tokenizer(t, add_special_tokens=False, verbose=False).input_ids[:512]) for t in text]
+        pieces = [
+            (start, tokenizer(t, add_special_tokens=False, verbose=False).input_ids[:512]) for t in text
+        ]
         total = score(model, pieces, c.BATCH_TOKENS, f"{name}, general text").sum()
         tokens = sum(len(ids) for _, ids in pieces)
         size = sum(len(tokenizer.decode(ids).encode()) for _, ids in pieces)
-        general = {"nll_per_token": total / tokens, "bits_per_byte": total / math.log(2) / size, "tokens": tokens}
+        general = {
+            "nll_per_token": total / tokens,
+            "bits_per_byte": total / math.log(2) / size,
+            "tokens": tokens,
+        }
     del model
     gc.collect()
     torch.cuda.empty_cache()
@@ -521,7 +611,11 @@ def cost(log: dict | None, folder: Path | None) -> dict | None:
         return None
     keys = ("train_runtime_s", "tokens", "tokens_per_second", "peak_memory_bytes")
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    return {"trainable": log["parameters"]["trainable"], **{k: log["summary"][k] for k in keys}, "disk_bytes": size}
+    return {
+        "trainable": log["parameters"]["trainable"],
+        **{k: log["summary"][k] for k in keys},
+        "disk_bytes": size,
+    }
 
 
 def general_text(name: str | None) -> list[str]:
@@ -554,7 +648,6 @@ def main() -> None:
 
     with files.lock(REPORT_DIR):
         # --- measure
-        files.go_online(MODEL_NAME)
         rows = [row for row in files.load_split(DATA_DIR, "eval") if row["part"] == "test"][:MAX_EVAL_SAMPLES]
         prompts = files.read_json(Path(DATA_DIR) / "test_prompts.json", files.STEP_1)
         measured = {
@@ -571,7 +664,10 @@ def main() -> None:
             texts = [a["answer"] for a in m["answers"]]
             quality = AnswerQuality().compute(predictions=texts, references=references)
             style = [style_match(t, r) for t, r in zip(texts, references, strict=True)]
-            useful = [helpfulness_proxy(q, a["answer"], a["stopped"]) for q, a in zip(asked, m["answers"], strict=True)]
+            useful = [
+                helpfulness_proxy(q, a["answer"], a["stopped"])
+                for q, a in zip(asked, m["answers"], strict=True)
+            ]
             per_row["nll_per_token"][name] = (nll, tokens, questions)
             keys = [json.dumps(p["prompt"]).lower() for p in prompts]
             for metric, values in zip(METRICS[1:], (quality["rows"], style, useful), strict=True):
@@ -595,9 +691,13 @@ def main() -> None:
                     "empty": float(np.mean([not t for t in texts])),
                 },
                 "prompt": m["best"],
-                "perplexity_by_prompt": {form: float(np.exp(v.sum() / tokens.sum())) for form, v in m["nll"].items()},
+                "perplexity_by_prompt": {
+                    form: float(np.exp(v.sum() / tokens.sum())) for form, v in m["nll"].items()
+                },
                 "forgetting": m["general"],
-                "cost": cost(logs.get(name), {"lora": Path(LORA_DIR), "full": Path(FULL_DIR)}[name] / FOLDERS[name])
+                "cost": cost(
+                    logs.get(name), {"lora": Path(LORA_DIR), "full": Path(FULL_DIR)}[name] / FOLDERS[name]
+                )
                 if name in logs
                 else None,
             }
@@ -614,7 +714,9 @@ def main() -> None:
                     }
                 )
             for p, a in zip(prompts, m["answers"], strict=True):
-                examples.append({"id": p["id"], "model": name, "prompt": p["prompt"], **a, "reference": p["reference"]})
+                examples.append(
+                    {"id": p["id"], "model": name, "prompt": p["prompt"], **a, "reference": p["reference"]}
+                )
 
         # --- compare
         comparisons = []
@@ -625,7 +727,11 @@ def main() -> None:
                     found = compare(va, vb, weight, groups, RESAMPLES, SEED)
                     comparisons.append({"a": a, "b": b, "metric": metric, **found})
         holm(comparisons)
-        cut = {name: sum(not a["stopped"] for a in m["answers"]) for name, m in measured.items() if name != "base"}
+        cut = {
+            name: sum(not a["stopped"] for a in m["answers"])
+            for name, m in measured.items()
+            if name != "base"
+        }
         results = {
             "environment": files.environment(),
             "settings": vars(c),
@@ -654,7 +760,10 @@ def main() -> None:
     print(f"\n{table(results)}\n\n{verdict(results)}\n")
     for warning in results["warnings"]:
         print(f"warning: {warning}")
-    print(f"look at: {folder}/evaluation_report.html (or .md), {folder}/evaluation_results.json, {folder}/plots/")
+    print(
+        f"look at: {folder}/evaluation_report.html (or .md), {folder}/evaluation_results.json, "
+        f"{folder}/plots/"
+    )
     print("and, while or after training: tensorboard --logdir ./outputs/")
 
 

@@ -10,8 +10,9 @@
   --demo          the same as --preset demo --yes
   --language en   language of the menu and of the report: en or zh
 
-Any setting of a step is a flag here too: --num_epochs 1 goes to every step that has it, --lora.learning_rate 1e-4 to one
-(prepare, lora, full, evaluate). `python 2_lora_finetuning.py --help` lists the settings of a step.
+Any setting of a step is a flag here too: --num_epochs 1 goes to every step that has it, --lora.learning_rate
+1e-4 to one (prepare, lora, full, evaluate). `python 2_lora_finetuning.py --help` lists the settings of a
+step.
 """
 
 import os
@@ -137,7 +138,10 @@ def main() -> None:
     if own["steps"] is not None:
         steps = parse_steps(own["steps"])
         if steps is None:
-            fail(f"--steps {own['steps']!r} is not a list of steps from 1 to 4, e.g. --steps 1,2 or --steps 2-4")
+            fail(
+                f"--steps {own['steps']!r} is not a list of steps from 1 to 4, e.g. --steps 1,2 or "
+                f"--steps 2-4"
+            )
     elif own["yes"]:
         steps = [1, 2, 3, 4]
     elif sys.stdin.isatty():
@@ -149,12 +153,18 @@ def main() -> None:
         return
 
     began, times = time.monotonic(), []
-    plan = [(str(n), words["steps"][n - 1], [str(ROOT / SCRIPTS[n - 1]), *flags[SECTIONS[SCRIPTS[n - 1]]]]) for n in steps]
+    plan = [
+        (str(n), words["steps"][n - 1], [str(ROOT / SCRIPTS[n - 1]), *flags[SECTIONS[SCRIPTS[n - 1]]]])
+        for n in steps
+    ]
     asked_for = any("--model_name" in word or "--model-name" in word for word in rest)
     if own["preset"] == "demo" and not asked_for and not (DEMO_MODEL / "config.json").exists():
         plan.insert(0, ("0", words["demo_model"], [str(ROOT / "configs" / "demo" / "base_model.py")]))
     for number, what, command in plan:
-        print(f"\n=== {number}  {what}: python {shlex.join(os.path.relpath(w) if w.endswith('.py') else w for w in command)}")
+        print(
+            f"\n=== {number}  {what}: python "
+            f"{shlex.join(os.path.relpath(w) if w.endswith('.py') else w for w in command)}"
+        )
         sys.stdout.flush()
         start = time.monotonic()
         code = run([sys.executable, *command])
@@ -164,7 +174,11 @@ def main() -> None:
             again = [w for w in (*preset, *rest)]
             language = [] if own["language"] == "en" else ["--language", own["language"]]
             print(f"\n{words['failed'].format(n=number, code=code)}", file=sys.stderr)
-            print(f"  python {os.path.relpath(__file__)} {shlex.join(['--steps', ','.join(left), *again, *language])}", file=sys.stderr)
+            print(
+                f"  python {os.path.relpath(__file__)} "
+                f"{shlex.join(['--steps', ','.join(left), *again, *language])}",
+                file=sys.stderr,
+            )
             sys.exit(code)
     print(f"\n{words['done'].format(seconds=time.monotonic() - began)}")
     for number, what, seconds in times:

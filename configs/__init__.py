@@ -1,8 +1,10 @@
-"""Settings and plumbing of the scripts. Whatever the libraries read from the environment is set here, before they load."""
+"""Settings and plumbing of the scripts. Whatever the libraries read from the environment is set here, before
+they load."""
 
 import os
 
-# OpenMP's threads wait for one another in busy loops; on two cores any other program then slows training tenfold.
+# OpenMP's threads wait for one another in busy loops; on two cores any other program then slows training
+# tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The libraries would otherwise report every run to their makers.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

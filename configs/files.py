@@ -1,7 +1,8 @@
 """The hand-over between the scripts: atomic writes, the manifest, locks, what a row is in tokens, Hub errors.
 
-Nothing here trains or scores. Everything that one script writes and another one reads goes through this module, so that
-both ends agree: on where a file lies, on when it is complete, and on which token ids a conversation becomes.
+Nothing here trains or scores. Everything that one script writes and another one reads goes through this
+module, so that both ends agree: on where a file lies, on when it is complete, and on which token ids a
+conversation becomes.
 """
 
 import contextlib
@@ -60,13 +61,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write JSON atomically. NaN and infinity are not JSON, so they are refused here rather than by a reader."""
+    """Write JSON atomically. NaN and infinity are not JSON, so they are refused here rather than by a
+    reader."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def new_folder(path: str | Path):
-    """Yield an empty folder beside `path`; on success it takes the place of `path`, on any failure it vanishes."""
+    """Yield an empty folder beside `path`; on success it takes the place of `path`, on any failure it
+    vanishes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
@@ -95,7 +98,8 @@ def put_folder(new: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def lock(folder: str | Path):
-    """Let one run at a time write into a folder. The lock dies with its process, so a killed run leaves none behind."""
+    """Let one run at a time write into a folder. The lock dies with its process, so a killed run leaves none
+    behind."""
     folder = Path(folder)
     if not main_process():  # the other processes of one run write nothing
         yield
@@ -139,7 +143,8 @@ def read_json(path: str | Path, mend: str) -> dict:
 
 
 def rows_hash(rows) -> str:
-    """sha256 over rows in order, each as one canonical JSON line: the same on every machine and library version."""
+    """sha256 over rows in order, each as one canonical JSON line: the same on every machine and library
+    version."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode())
@@ -178,7 +183,8 @@ def load_split(data_dir: str | Path, name: str):
 
 
 def local_path(name: str) -> Path | None:
-    """The file or folder that a name means: below the current folder, else beside the scripts; None for a Hub name."""
+    """The file or folder that a name means: below the current folder, else beside the scripts; None for a Hub
+    name."""
     for path in (Path(name).expanduser(), ROOT / name):
         if path.exists():
             return path
@@ -186,7 +192,8 @@ def local_path(name: str) -> Path | None:
 
 
 def model_path(name: str) -> str:
-    """What from_pretrained is given: an absolute path for a local folder (it stays right elsewhere), else the Hub name."""
+    """What from_pretrained is given: an absolute path for a local folder (it stays right elsewhere), else the
+    Hub name."""
     path = local_path(name)
     return str(path.resolve()) if path else name
 
@@ -206,25 +213,45 @@ def is_hub_name(name: str) -> bool:
 
 
 def looks_like_path(name: str) -> bool:
-    return (
-        name.startswith((".", "/", "~", "outputs/", "data/", "configs/"))
-        or "\\" in name
-        or name.count("/") > 1
-    )
+    """True for a name that can only be meant as a place on this machine, whether or not something is "
+    "there."""
+    begins = name.startswith((".", "/", "~", "outputs/", "data/", "configs/"))
+    ends = name.endswith((".json", ".jsonl", ".csv", ".parquet", ".txt"))
+    return begins or ends or "\\" in name or name.count("/") > 1
+
+
+def cached(name: str) -> bool:
+    """True when an earlier run has left this model or data set in the Hub's cache on this machine."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    folder = name.replace("/", "--")
+    return any((hub / f"{kind}--{folder}" / "snapshots").is_dir() for kind in ("models", "datasets"))
 
 
 def go_online(*names: str | None) -> None:
-    """Decide within seconds whether the Hub can be asked for `names`; without it the libraries would retry for minutes.
+    """Decide within seconds whether the Hub can be asked for `names`; the libraries would retry for minutes.
 
-    Sets HF_HUB_OFFLINE=1 (before any of the libraries reads it) when nothing is to be fetched or nobody answers, so that
-    a warm cache still serves and a cold one fails at once. Call it before importing transformers or datasets.
+    Sets HF_HUB_OFFLINE=1 when nothing is to be fetched, or when nobody answers but the cache holds
+    everything. Call it before transformers or datasets are imported: they read it once.
+    Raises: SystemExit(2) when a name is neither cached nor to be had.
     """
+    wanted = [name for name in names if name and is_hub_name(name)]
+    reason = ""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return
-    if not any(name and is_hub_name(name) for name in names):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing to fetch: no library has a reason to call home
-        return
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        reason = "HF_HUB_OFFLINE is set"
+    elif wanted and (error := probe(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))):
+        reason = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')} cannot be reached ({error})"
+    missing = [name for name in wanted if reason and not cached(name)]
+    if missing:
+        fail(f"{' and '.join(missing)} cannot be fetched: {reason}; {WAYS_OUT}")
+    if wanted and reason:
+        say(f"note: {reason}; using what an earlier run has cached")
+    if reason or not wanted:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def probe(endpoint: str) -> str:
+    """Ask an address for a sign of life: "" when it answers within six seconds, else the reason why not."""
     answer: list[str] = []
 
     def ask() -> None:
@@ -234,7 +261,7 @@ def go_online(*names: str | None) -> None:
         except urllib.error.HTTPError:
             pass  # an error page is an answer
         except (OSError, ValueError) as error:
-            answer.append(str(getattr(error, "reason", error)))
+            answer.append(str(getattr(error, "reason", error)) or type(error).__name__)
             return
         answer.append("")
 
@@ -242,16 +269,13 @@ def go_online(*names: str | None) -> None:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(6)
-    reason = answer[0] if answer else "no answer within 6 s"
-    if reason:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["SFT_HUB_UNREACHABLE"] = f"{endpoint} cannot be reached ({reason})"
-        say(f"note: {os.environ['SFT_HUB_UNREACHABLE']}; using only what is on this machine")
+    return answer[0] if answer else "no answer within 6 s"
 
 
 @contextlib.contextmanager
 def hub_errors(kind: str, name: str, flag: str):
-    """Turn what the libraries raise for a missing, gated or unreachable repository into one sentence and exit code 2.
+    """Turn what the libraries raise for a missing, gated or unreachable repository into one sentence and exit
+    code 2.
 
     kind: "model" or "data set"; flag: the setting that named it.
     """
@@ -264,17 +288,22 @@ def hub_errors(kind: str, name: str, flag: str):
             seen = seen.__cause__ or seen.__context__
         types = {type(e).__name__ for e in chain}
         text = " ".join(str(e) for e in chain)
-        unreachable = os.environ.get("SFT_HUB_UNREACHABLE")
-        page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{'datasets/' if kind != 'model' else ''}{name}"
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        page = f"{endpoint}/{'datasets/' if kind != 'model' else ''}{name}"
         if "GatedRepoError" in types or "gated repo" in text:
             fail(f"{kind} {name!r} is gated: accept its terms at {page}, then run `hf auth login`")
-        if "RepositoryNotFoundError" in types or "DatasetNotFoundError" in types and not unreachable:
+        if (
+            "RepositoryNotFoundError" in types
+            or "DatasetNotFoundError" in types
+            and os.environ.get("HF_HUB_OFFLINE") != "1"
+        ):
             fail(f"{kind} {name!r} ({flag}) is not on the Hub, or it is private: check the name at {page}")
         if "RevisionNotFoundError" in types:
             fail(f"{kind} {name!r} has no such revision; see the branches and tags at {page}")
-        if is_hub_name(name) and (unreachable or os.environ.get("HF_HUB_OFFLINE") == "1"):
-            why = unreachable or "HF_HUB_OFFLINE is set"
-            fail(f"{kind} {name!r} ({flag}) is not on this machine and {why}; {WAYS_OUT}")
+        if is_hub_name(name) and os.environ.get("HF_HUB_OFFLINE") == "1":
+            fail(
+                f"{kind} {name!r} ({flag}) is not complete in the cache, and the Hub is not asked; {WAYS_OUT}"
+            )
         if types & {
             "ConnectionError",
             "ConnectError",
@@ -287,7 +316,8 @@ def hub_errors(kind: str, name: str, flag: str):
 
 
 def check_model(name: str, revision: str | None = None, flag: str = "MODEL_NAME") -> list[str]:
-    """What is wrong with a model name before anything is loaded: [] or one sentence (a folder that is none, a typo)."""
+    """What is wrong with a model name before anything is loaded: [] or one sentence (a folder that is none, a
+    typo)."""
     path = local_path(name)
     if path is None:
         if name.startswith("outputs/demo_base_model"):
@@ -299,7 +329,8 @@ def check_model(name: str, revision: str | None = None, flag: str = "MODEL_NAME"
         return []
     if not (path / "config.json").is_file():
         return [
-            f"{flag} {name!r} is not a model folder: {path}/config.json is missing; give a folder that has one"
+            f"{flag} {name!r} is not a model folder: {path}/config.json is missing; give a folder that "
+            f"has one"
         ]
     return []
 
@@ -317,9 +348,11 @@ def chat_template_file(prompt_format: str) -> Path:
 
 
 def load_tokenizer(name: str, revision: str | None, prompt_format: str):
-    """A tokenizer whose chat template is the model's own ("auto", where it has one) or one of ours; no token is added.
+    """A tokenizer whose chat template is the model's own ("auto", where it has one) or one of ours; no token
+    is added.
 
-    Its template travels with it: whatever is saved with this tokenizer renders conversations as they were trained.
+    Its template travels with it: whatever is saved with this tokenizer renders conversations as they were
+    trained.
     Raises: SystemExit(2) when the model cannot be had.
     """
     from transformers import AutoTokenizer
@@ -328,13 +361,15 @@ def load_tokenizer(name: str, revision: str | None, prompt_format: str):
         tokenizer = AutoTokenizer.from_pretrained(model_path(name), revision=revision)
     if tokenizer.eos_token is None:
         fail(
-            f"model {name!r} has no end-of-text token (eos_token), so an answer could not end; use another model"
+            f"model {name!r} has no end-of-text token (eos_token), so an answer could not end; use "
+            f"another model"
         )
     if prompt_format != "auto" or not tokenizer.chat_template:
         template = chat_template_file("chatml" if prompt_format == "auto" else prompt_format).read_text(
             "utf-8"
         )
-        # Llama's tokenizer begins every text with its BOS, phi-2's does not: the template does what the model knows.
+        # Llama's tokenizer begins every text with its BOS, phi-2's does not: the template does what the model
+        # knows.
         begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [
             tokenizer.bos_token_id
         ]
@@ -347,7 +382,8 @@ def load_tokenizer(name: str, revision: str | None, prompt_format: str):
 
 
 def markers(tokenizer) -> list[str]:
-    """Strings that would pose as a turn or as the end of one: special tokens and the markers of the chat template."""
+    """Strings that would pose as a turn or as the end of one: special tokens and the markers of the chat
+    template."""
     found = set(tokenizer.all_special_tokens)
     found |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     template = tokenizer.chat_template or ""
@@ -362,9 +398,11 @@ def markers(tokenizer) -> list[str]:
 
 
 def render(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[str, str]:
-    """Text of the prompt up to where the answer begins, and of the answer up to and with the token that ends it.
+    """Text of the prompt up to where the answer begins, and of the answer up to and with the token that ends
+    it.
 
-    Raises: ValueError when the template does not continue its own generation prompt (the answer cannot be told apart).
+    Raises: ValueError when the template does not continue its own generation prompt (the answer cannot be
+    told apart).
     """
     before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
@@ -377,9 +415,11 @@ def render(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[str, 
 
 
 def encode(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, and of the answer with the one token that ends it: the same in training and scoring.
+    """Token ids of the prompt, and of the answer with the one token that ends it: the same in training and
+    scoring.
 
-    prompt, completion: lists of {role, content}. The prompt's ids are exactly those that generation will start from.
+    prompt, completion: lists of {role, content}. The prompt's ids are exactly those that generation will
+    start from.
     """
     before, after = render(tokenizer, prompt, completion)
     context = tokenizer(before, add_special_tokens=False, verbose=False).input_ids
@@ -391,7 +431,8 @@ def encode(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[list[
 
 
 def answer_end(tokenizer) -> int:
-    """Id of the token that ends an answer under this tokenizer's template (EOS, or a chat model's end-of-turn)."""
+    """Id of the token that ends an answer under this tokenizer's template (EOS, or a chat model's
+    end-of-turn)."""
     one = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
     return encode(tokenizer, *one)[1][-1]
 
@@ -400,10 +441,12 @@ def answer_end(tokenizer) -> int:
 
 
 def keep_4bit_layout(model) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference when a CPU with avx512_bf16 first evaluates them.
+    """Keep bitsandbytes from repacking 4-bit weights for inference when a CPU with avx512_bf16 first
+    evaluates them.
 
-    It does so once and for all (0.50.2): from the first evaluation on, no gradient passes through the 4-bit layers, and
-    a layer whose width is no multiple of 64 fails. Training, evaluation and scoring then share one arithmetic, too.
+    It does so once and for all (0.50.2): from the first evaluation on, no gradient passes through the 4-bit
+    layers, and a layer whose width is no multiple of 64 fails. Training, evaluation and scoring then share
+    one arithmetic, too.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,7 +1,8 @@
-"""What both trainings share and no library has: token-exact evaluation, a seeded sampler by length, resume, the run's log.
+"""What both trainings share and no library has: token-exact evaluation, a seeded sampler by length, resume,
+the run's log.
 
-The trainer is TRL's SFTTrainer with two small overrides. Everything that a reader wants to see or change (the model, the
-LoRA configuration, the SFTConfig, the order of things) stands in the scripts.
+The trainer is TRL's SFTTrainer with two small overrides. Everything that a reader wants to see or change (the
+model, the LoRA configuration, the SFTConfig, the order of things) stands in the scripts.
 """
 
 import contextlib
@@ -35,13 +36,16 @@ from configs.settings import fail
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Row numbers in an order in which the rows of one optimizer step have similar lengths, so that little is padding.
+    """Row numbers in an order in which the rows of one optimizer step have similar lengths, so that little is
+    padding.
 
-    The order is a function of (seed, epoch) alone, and so the same in every process and after a resume. The library's
-    sampler draws from the global generator instead: a run that is killed in its second epoch resumes with other batches.
+    The order is a function of (seed, epoch) alone, and so the same in every process and after a resume. The
+    library's sampler draws from the global generator instead: a run that is killed in its second epoch
+    resumes with other batches.
 
-    lengths: tokens per row. group_size: rows per optimizer step over all processes (micro-batch x accumulation x
-    processes), so that a group never straddles two steps. epoch: called when an epoch begins; its number, from 0.
+    lengths: tokens per row. group_size: rows per optimizer step over all processes (micro-batch x
+    accumulation x processes), so that a group never straddles two steps. epoch: called when an epoch begins;
+    its number, from 0.
     """
 
     GROUPS_PER_POOL = (
@@ -63,7 +67,8 @@ class LengthGroupedSampler(Sampler[int]):
             rows = order[start : start + pool]
             rows = rows[np.argsort(-self.lengths[rows], kind="stable")]
             groups += [rows[i : i + self.group_size] for i in range(0, len(rows), self.group_size)]
-        # only the very last group may be short: anywhere else it would shift all later groups across the steps
+        # only the very last group may be short: anywhere else it would shift all later groups across the
+        # steps
         last = [groups.pop()] if groups and len(groups[-1]) < self.group_size else []
         random.shuffle(groups)
         if groups:  # the longest rows first, so that a run that does not fit fails in its first step
@@ -76,24 +81,28 @@ class LengthGroupedSampler(Sampler[int]):
 def token_exact(prediction: EvalPrediction) -> dict[str, float]:
     """eval_loss as sum of nll over sum of tokens, from per-row sums.
 
-    prediction.predictions: nll per row, float, shape (rows,), in nats; prediction.label_ids: scored tokens per row.
+    prediction.predictions: nll per row, float, shape (rows,), in nats; prediction.label_ids: scored tokens
+    per row.
     """
     nll, tokens = prediction.predictions.astype(np.float64), prediction.label_ids
     return {"eval_loss": float(nll.sum() / max(tokens.sum(), 1)), "eval_tokens": int(tokens.sum())}
 
 
 class ExactTrainer(SFTTrainer):
-    """SFTTrainer whose eval_loss is the mean over tokens, whose batches are grouped by length, and whose LoRA is fp32.
+    """SFTTrainer whose eval_loss is the mean over tokens, whose batches are grouped by length, and whose LoRA
+    is fp32.
 
-    The Trainer's own eval_loss is a mean over rows of per-batch means, which changes with the evaluation batch size and
-    the number of processes. Here each row reports (nll, tokens); `gather_for_metrics` brings them together without the
-    rows that pad the last batch of several processes, and the best checkpoint is chosen by their quotient.
+    The Trainer's own eval_loss is a mean over rows of per-batch means, which changes with the evaluation
+    batch size and the number of processes. Here each row reports (nll, tokens); `gather_for_metrics` brings
+    them together without the rows that pad the last batch of several processes, and the best checkpoint is
+    chosen by their quotient.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, compute_metrics=token_exact, **kwargs)
-        # TRL casts QLoRA's trainable weights to bf16, where an update below 1/256 of a weight vanishes and which fp16's
-        # GradScaler refuses; in fp32 they cost next to nothing. (Full fine-tuning chooses its dtype when it loads.)
+        # TRL casts QLoRA's trainable weights to bf16, where an update below 1/256 of a weight vanishes and
+        # which fp16's GradScaler refuses; in fp32 they cost next to nothing. (Full fine-tuning chooses its
+        # dtype when it loads.)
         if hasattr(self.model, "peft_config"):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
@@ -107,7 +116,8 @@ class ExactTrainer(SFTTrainer):
             rows["length"] if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]],
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             args.seed,
-            # read from the trainer's state: accelerate does not hand set_epoch through the wrappers of a resumed run
+            # read from the trainer's state: accelerate does not hand set_epoch through the wrappers of a
+            # resumed run
             lambda: int(self.state.epoch or 0),
         )
 
@@ -130,7 +140,8 @@ def machine_problems() -> list[str]:
         if torch.cuda.device_count() > 1 and not launched:
             script, n = sys.argv[0], torch.cuda.device_count()
             return [
-                f"{n} GPUs are visible to one process; use one with `CUDA_VISIBLE_DEVICES=0 python {script}`, "
+                f"{n} GPUs are visible to one process; use one with `CUDA_VISIBLE_DEVICES=0 python "
+                f"{script}`, "
                 f"or all with `accelerate launch --num_processes {n} {script}`"
             ]
         return []
@@ -140,18 +151,23 @@ def machine_problems() -> list[str]:
         smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
         if smi.returncode == 0 and "GPU" in smi.stdout:
             build = torch.version.cuda
-            why = f"the driver is too old for its CUDA {build}; update the driver or install a torch built for an older CUDA"
+            why = (
+                f"the driver is too old for its CUDA {build}; update the driver or install a torch "
+                f"built for an older CUDA"
+            )
             if build is None:
                 why = "it is a build for the CPU; install a CUDA build of the same version"
             return [
-                f"nvidia-smi sees {smi.stdout.splitlines()[0].split(' (')[0]!r}, torch {torch.__version__} does not: {why}; "
+                f"nvidia-smi sees {smi.stdout.splitlines()[0].split(' (')[0]!r}, torch "
+                f"{torch.__version__} does not: {why}; "
                 "to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES= (empty)"
             ]
     return []
 
 
 def settings_problems(settings: dict) -> list[str]:
-    """What can be seen to be wrong in a training script's constants before anything loads: one sentence each."""
+    """What can be seen to be wrong in a training script's constants before anything loads: one sentence
+    each."""
     found = []
     for name in (
         "BATCH_SIZE",
@@ -185,7 +201,8 @@ def settings_problems(settings: dict) -> list[str]:
         or ratio < 1 - 1e-6
     ):
         found.append(
-            f"SAVE_STEPS ({settings['SAVE_STEPS']}) must be a multiple of EVAL_STEPS ({settings['EVAL_STEPS']}), so that "
+            f"SAVE_STEPS ({settings['SAVE_STEPS']}) must be a multiple of EVAL_STEPS "
+            f"({settings['EVAL_STEPS']}), so that "
             f"every saved checkpoint has been evaluated: --save_steps {settings['EVAL_STEPS']}"
         )
     if settings["PRECISION"] not in ("auto", "bf16", "fp16", "fp32"):
@@ -193,7 +210,8 @@ def settings_problems(settings: dict) -> list[str]:
     zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     if settings.get("USE_4BIT") and zero3:
         found.append(
-            "ZeRO-3 cannot split a 4-bit base: launch with --zero_stage 2, or train LoRA over 16 bits: --use_4bit false"
+            "ZeRO-3 cannot split a 4-bit base: launch with --zero_stage 2, or train LoRA over 16 bits: "
+            "--use_4bit false"
         )
     if settings.get("USE_DEEPSPEED"):
         path = files.local_path(settings["DEEPSPEED_CONFIG"])
@@ -203,7 +221,8 @@ def settings_problems(settings: dict) -> list[str]:
             )
         elif "offload" in path.read_text("utf-8") and not shutil.which("nvcc"):
             found.append(
-                f"{path} offloads to the CPU, which compiles with the CUDA toolkit, and nvcc is not there; install it"
+                f"{path} offloads to the CPU, which compiles with the CUDA toolkit, and nvcc is not "
+                f"there; install it"
             )
     return found
 
@@ -223,7 +242,8 @@ def precision(choice: str) -> tuple[torch.dtype, str]:
 
 
 def model_config(name: str, revision: str | None, max_length: int):
-    """The model's configuration, read before its weights. Ends with exit code 2 when rows would not fit its positions."""
+    """The model's configuration, read before its weights. Ends with exit code 2 when rows would not fit its
+    positions."""
     with files.hub_errors("model", name, "MODEL_NAME"):
         config = AutoConfig.from_pretrained(files.model_path(name), revision=revision)
     positions = getattr(config, "max_position_embeddings", None)
@@ -235,7 +255,8 @@ def model_config(name: str, revision: str | None, max_length: int):
 
 
 def prepare_deepspeed(config: str) -> str:
-    """Path of a DeepSpeed configuration for SFTConfig; under plain `python`, sets up the one process that it expects."""
+    """Path of a DeepSpeed configuration for SFTConfig; under plain `python`, sets up the one process that it
+    expects."""
     for name, value in {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -250,10 +271,12 @@ def prepare_deepspeed(config: str) -> str:
 def token_rows(
     data_dir: str, part: str, limit: int | None, tokenizer, max_length: int, max_drop_fraction: float
 ) -> Dataset:
-    """Rows of "train" or "validation" as the trainer takes them: input_ids, labels (-100 on the prompt), length.
+    """Rows of "train" or "validation" as the trainer takes them: input_ids, labels (-100 on the prompt),
+    length.
 
     A row that does not fit max_length is dropped and counted, never cut: a cut answer teaches to stop in
-    mid-sentence. limit: use so many rows (None: all). Raises: SystemExit(2) when more than max_drop_fraction goes.
+    mid-sentence. limit: use so many rows (None: all). Raises: SystemExit(2) when more than max_drop_fraction
+    goes.
     """
     rows = files.load_split(data_dir, "train" if part == "train" else "eval")
     if part != "train":
@@ -272,7 +295,8 @@ def token_rows(
     dropped = len(encoded) - len(fitting)
     if dropped:
         files.say(
-            f"rows: {dropped} of {len(encoded)} are longer than MAX_LENGTH={max_length} tokens and are left out"
+            f"rows: {dropped} of {len(encoded)} are longer than MAX_LENGTH={max_length} tokens and are "
+            f"left out"
         )
     if dropped > max_drop_fraction * len(encoded) or not len(fitting):
         fail(
@@ -296,8 +320,8 @@ SAME_RUN = (
 def resume_point(output_dir: str, resume: bool | str, settings: dict, manifest_sha256: str) -> str | None:
     """The checkpoint to go on from, or None for a fresh start (which removes what an older run left behind).
 
-    resume: True goes on or ends with exit code 2; False starts afresh; "auto" goes on where an unfinished run with the
-    same settings and data lies. A checkpoint that was cut off while it was written is not used.
+    resume: True goes on or ends with exit code 2; False starts afresh; "auto" goes on where an unfinished run
+    with the same settings and data lies. A checkpoint that was cut off while it was written is not used.
     """
     folder = Path(output_dir)
     complete, broken = [], []
@@ -349,7 +373,8 @@ def resume_point(output_dir: str, resume: bool | str, settings: dict, manifest_s
 
 
 def peak_memory() -> int:
-    """Bytes: the most that the tensors on the GPU took, or that this process held on a machine without one."""
+    """Bytes: the most that the tensors on the GPU took, or that this process held on a machine without
+    one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -357,7 +382,8 @@ def peak_memory() -> int:
 
 
 class RunLog(TrainerCallback, ExportableState):
-    """Renews training_log.json at every logging step, ends the run well on Ctrl-C or SIGTERM, and stops it at a NaN.
+    """Renews training_log.json at every logging step, ends the run well on Ctrl-C or SIGTERM, and stops it at
+    a NaN.
 
     What must go on across a resume (time, peak memory) travels in the checkpoint's trainer_state.json.
     """
@@ -365,7 +391,8 @@ class RunLog(TrainerCallback, ExportableState):
     def __init__(
         self, method: str, settings: dict, manifest: dict, rows: dict, config, resumed_from: str | None
     ):
-        """rows: {"train_rows": n, "eval_rows": n}; config: the model's; resumed_from: a checkpoint or None."""
+        """rows: {"train_rows": n, "eval_rows": n}; config: the model's; resumed_from: a checkpoint or
+        None."""
         self.path = Path(settings["OUTPUT_DIR"]) / "training_log.json"
         self.head = {
             "method": method,
@@ -410,7 +437,8 @@ class RunLog(TrainerCallback, ExportableState):
             os.kill(os.getpid(), number)
         self.signal = number
         files.say(
-            f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint (again: stop at once)"
+            f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint (again: "
+            f"stop at once)"
         )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -467,7 +495,8 @@ class RunLog(TrainerCallback, ExportableState):
 
 
 def parameter_count(config) -> int:
-    """Parameters of a model from its configuration alone. (A 4-bit model counts two of its weights as one.)"""
+    """Parameters of a model from its configuration alone. (A 4-bit model counts two of its weights as
+    one.)"""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -478,7 +507,8 @@ def parameter_count(config) -> int:
 
 
 def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
-    """Train. An interruption ends the process with 130 or 143 and names the checkpoint; a NaN ends it with 1."""
+    """Train. An interruption ends the process with 130 or 143 and names the checkpoint; a NaN ends it with
+    1."""
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except FloatingPointError as error:
@@ -488,15 +518,18 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
         log.write(trainer.state, "failed")
         size = trainer.args.per_device_train_batch_size
         fail(
-            f"the GPU's memory is full at BATCH_SIZE={size} ({str(error).split('. ')[0]}); halve it and double "
+            f"the GPU's memory is full at BATCH_SIZE={size} ({str(error).split('. ')[0]}); halve it and "
+            f"double "
             f"GRADIENT_ACCUMULATION_STEPS: --batch_size {max(size // 2, 1)} --gradient_accumulation_steps "
-            f"{trainer.args.gradient_accumulation_steps * 2}; or use shorter rows (MAX_LENGTH), or LoRA with USE_4BIT"
+            f"{trainer.args.gradient_accumulation_steps * 2}; or use shorter rows (MAX_LENGTH), or LoRA "
+            f"with USE_4BIT"
         )
     if log.signal is not None:
         log.write(trainer.state, "interrupted")
         saved = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
         files.say(
-            f"interrupted at step {trainer.state.global_step}; saved {saved}; the same command goes on from there"
+            f"interrupted at step {trainer.state.global_step}; saved {saved}; the same command goes on "
+            f"from there"
         )
         sys.stdout.flush()
         # a plain exit would wait for the other processes; they leave the same way
@@ -507,7 +540,8 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
 
 
 def save_final(trainer: ExactTrainer, folder: str, dtype: torch.dtype | None, log: RunLog) -> None:
-    """Write the model, its tokenizer with the chat template, and a model card; nothing pickled; all or nothing.
+    """Write the model, its tokenizer with the chat template, and a model card; nothing pickled; all or
+    nothing.
 
     dtype: of the saved weights (full model: the source's), or None to save them as they are (an adapter).
     Collective: call it in every process.
@@ -531,7 +565,8 @@ def save_final(trainer: ExactTrainer, folder: str, dtype: torch.dtype | None, lo
 
 
 def model_card(log: RunLog, state, folder: Path) -> str:
-    """A model card: where the model comes from, what it was trained on and how, what came out, how to load it."""
+    """A model card: where the model comes from, what it was trained on and how, what came out, how to load
+    it."""
     name, settings, rows = log.head["model_name"], log.head["settings"], log.head["data"]
     base = Path(name).name if files.local_path(name) else name
     source = (
@@ -556,7 +591,7 @@ pipeline_tag: text-generation
 # {base}, {"LoRA adapter" if lora else "fully fine-tuned"}
 
 Fine-tuned from `{base}` on `{source}` ({rows["train_rows"]} rows; the loss is taken on the answers only).
-Validation loss of the kept checkpoint: {loss} on {rows["eval_rows"]} rows, after {state.global_step} steps in all.
+Validation loss of the kept checkpoint: {loss} on {rows["eval_rows"]} rows.
 
 | setting | value |
 |---|---|
@@ -569,14 +604,16 @@ from transformers import AutoTokenizer
 model = {load}.from_pretrained("{folder.name}")
 tokenizer = AutoTokenizer.from_pretrained("{folder.name}")
 chat = [{{"role": "user", "content": "What is an ETF?"}}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0][inputs["input_ids"].shape[1]:]))
 ```
 """
 
 
 def cast_folder(folder: Path, dtype: torch.dtype) -> None:
-    """Rewrite the float tensors of a saved model in another dtype, file by file, and say so in its config.json."""
+    """Rewrite the float tensors of a saved model in another dtype, file by file, and say so in its
+    config.json."""
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -28,25 +28,37 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-def run(*command: object, cwd: Path, env: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+def run(
+    *command: object, cwd: Path, env: dict | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess:
     """Run a script of the project (by name) or a python command line in `cwd`, as a user would; text output."""
     words = [str(word) for word in command]
     if words[0].endswith(".py") and not os.path.isabs(words[0]):
         words[0] = str(ROOT / words[0])
     return subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        [sys.executable, *words],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
     )
 
 
 def ok(result: subprocess.CompletedProcess) -> str:
     """The output of a run that must have succeeded."""
-    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    assert result.returncode == 0, (
+        f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    )
     return result.stdout
 
 
 def refused(result: subprocess.CompletedProcess, *said: str) -> list[str]:
     """The `error:` lines of a run that must have ended as the user's mistake: exit code 2, no traceback."""
-    assert result.returncode == 2, f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    assert result.returncode == 2, (
+        f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    )
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     for words in said:

@@ -1,12 +1,15 @@
-"""Makes the demo's base model: a small Phi causal LM and its tokenizer, pre-trained for under a minute on this CPU.
+"""Makes the demo's base model: a small Phi causal LM and its tokenizer, pre-trained for under a minute on
+this CPU.
 
 Reads:  configs/demo/finance_prose.txt and the statements of finance_templates.py (no row of finance_qa.jsonl)
-Writes: outputs/demo_base_model/: model, tokenizer, and general_text.txt (prose held out from the pre-training)
+Writes: outputs/demo_base_model/: model, tokenizer, and general_text.txt (prose held out from the
+pre-training)
 
     python configs/demo/base_model.py
 
-It has phi-2's habits (PhiForCausalLM, float16, a bias on the head, `<|endoftext|>` as its only special token, no pad token,
-no chat template), so that the demo meets what the real run meets. It is a toy that knows a little textbook finance.
+It has phi-2's habits (PhiForCausalLM, float16, a bias on the head, `<|endoftext|>` as its only special token,
+no pad token, no chat template), so that the demo meets what the real run meets. It is a toy that knows a
+little textbook finance.
 """
 
 import sys
@@ -34,7 +37,8 @@ LEARNING_RATE = 3e-3
 
 
 def corpus() -> tuple[list[str], list[str]]:
-    """(texts to pre-train on, held-out prose): paragraphs and statements, none of them a row of finance_qa.jsonl."""
+    """(texts to pre-train on, held-out prose): paragraphs and statements, none of them a row of
+    finance_qa.jsonl."""
     paragraphs = (ROOT / "configs/demo/finance_prose.txt").read_text("utf-8").strip().split("\n\n")
     held_out = len(paragraphs) // 10
     statements = finance_templates.statements(STATEMENTS, seed=1)
@@ -43,7 +47,8 @@ def corpus() -> tuple[list[str], list[str]]:
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on `texts`; every string can be encoded, and the end token is the only special one."""
+    """A byte-level BPE trained on `texts`; every string can be encoded, and the end token is the only special
+    one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,7 +81,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> PhiForCausalLM:
 
 
 def pretrain(model: PhiForCausalLM, ids: torch.Tensor) -> float:
-    """Train on random windows of `ids` (one long row of token ids); the mean loss of the last 20 steps, in nats."""
+    """Train on random windows of `ids` (one long row of token ids); the mean loss of the last 20 steps, in
+    nats."""
     random = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, STEPS // 20, STEPS)
@@ -110,7 +116,8 @@ def main() -> None:
         files.write_text(folder / "general_text.txt", "\n\n".join(held_out) + "\n")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(
-        f"done: {FOLDER}, {millions:.1f} million parameters, pre-trained on {STEPS * BATCH * LENGTH:,} tokens in "
+        f"done: {FOLDER}, {millions:.1f} million parameters, pre-trained on {STEPS * BATCH * LENGTH:,} "
+        f"tokens in "
         f"{time.monotonic() - began:.0f} s, last loss {loss:.2f} nats per token"
     )
 
