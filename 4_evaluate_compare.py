@@ -424,13 +424,13 @@ def verdict(results: dict) -> str:
         low, high = c["ci95"]
         if low <= 0 <= high:
             said.append(
-                f"between {c['a']} and {c['b']} no difference shows ({c['difference']:+.3f}, "
-                f"[{low:+.3f}, {high:+.3f}])"
+                f"between {c['a']} and {c['b']} no difference shows (95 % interval {low:+.3f} to {high:+.3f})"
             )
         else:
-            word = "better" if c["difference"] < 0 else "worse"
+            word, (low, high) = ("better", (-high, -low)) if high < 0 else ("worse", (low, high))
             said.append(
-                f"{c['a']} is {word} than {c['b']} by {abs(c['difference']):.3f} [{low:+.3f}, {high:+.3f}]"
+                f"{c['a']} is {word} than {c['b']} by {abs(c['difference']):.3f} "
+                f"(95 % interval {low:.3f} to {high:.3f})"
             )
     return "On the test part, in nats per token of the answers: " + "; ".join(said) + "."
 

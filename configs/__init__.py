@@ -1,7 +1,9 @@
 """Settings and plumbing of the scripts. Whatever the libraries read from the environment is set here, before
 they load."""
 
+import logging
 import os
+import warnings
 
 # OpenMP's threads wait for one another in busy loops; on two cores any other program then slows training
 # tenfold.
@@ -10,3 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # A tokenizer would otherwise warn about forked workers on every run.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Deprecations among the libraries and an optional kernel of the Hub: nothing that a user can act on.
+warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*is deprecated")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

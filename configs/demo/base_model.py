@@ -32,7 +32,7 @@ END = "<|endoftext|>"
 SEED = 0
 VOCABULARY = 2048
 STATEMENTS = 3000
-STEPS, BATCH, LENGTH = 140, 16, 128  # optimizer steps, sequences a step, tokens a sequence
+STEPS, BATCH, LENGTH = 160, 16, 128  # optimizer steps, sequences a step, tokens a sequence
 LEARNING_RATE = 3e-3
 
 
