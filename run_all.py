@@ -8,7 +8,7 @@
   --steps LIST    which steps, e.g. 1,2 or 2-4 or all; asks when it is not given
   --yes           do not ask: all steps
   --demo          the same as --preset demo --yes
-  --language en   language of the menu and of the report: en or zh
+  --language en   language of the menu: en or zh
 
 Any setting of a step is a flag here too: --num_epochs 1 goes to every step that has it, --lora.learning_rate
 1e-4 to one (prepare, lora, full, evaluate). `python 2_lora_finetuning.py --help` lists the settings of a
@@ -16,6 +16,7 @@ step.
 """
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -42,14 +43,14 @@ TEXTS = {
     },
     "zh": {
         "steps": ["准备数据", "LoRA 微调", "全量微调", "评估与比较"],
-        "ask": "运行哪些步骤?(例如 1,2 或 2-4;回车:全部;q:退出) ",
-        "wrong": "请输入 1 到 4 的数字,例如 1,2 或 2-4。",
-        "presets": "适合您机器的预设(--preset 名称):",
-        "no_terminal": "没有终端,无法询问要运行哪些步骤;请指定 --yes(全部)或 --steps 1,2",
-        "demo_model": "演示用的基座模型(只生成一次)",
+        "ask": "要运行哪些步骤？（例如 1,2 或 2-4；直接回车：全部；q：退出）",
+        "wrong": "请输入 1 到 4 之间的数字，例如 1,2 或 2-4。",
+        "presets": "按你的机器选择预设（--preset 名称）：",
+        "no_terminal": "没有终端，无法询问要运行哪些步骤；请用 --yes（全部）或 --steps 1,2 指定",
+        "demo_model": "演示用的基座模型（只生成一次）",
         "nothing": "没有运行任何步骤。",
-        "failed": "第 {n} 步以退出码 {code} 结束;解决原因后,用下面的命令继续:",
-        "done": "全部完成,用时 {seconds:.0f} 秒:",
+        "failed": "第 {n} 步已结束，退出码 {code}；解决问题后，用下面的命令继续：",
+        "done": "全部完成，用时 {seconds:.0f} 秒：",
     },
 }
 
@@ -77,23 +78,24 @@ def own_flags(argv: list[str]) -> tuple[dict, list[str]]:
 
 def parse_steps(text: str) -> list[int] | None:
     """Step numbers from "1,2", "2-4", "all" or "", in running order; None for anything else."""
-    if text.strip().lower() in ("", "all", "a"):
+    # a Chinese input method types these instead of a comma and a hyphen
+    text = re.sub("-+", "-", text.translate(str.maketrans("，、－—–", ",,---"))).strip().lower()
+    if text in ("", "all", "a", "全部"):
         return [1, 2, 3, 4]
-    chosen = set()
+    chosen: set[int] = set()
     for part in text.replace(" ", ",").split(","):
-        first, dash, last = part.partition("-")
-        if not part:
-            continue
-        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+        bounds = re.fullmatch(r"([1-4])(?:-([1-4]))?", part)
+        if part and not bounds:
             return None
-        chosen |= set(range(int(first), int(last if dash else first) + 1))
-    return sorted(chosen) if chosen and chosen <= {1, 2, 3, 4} else None
+        if bounds:
+            chosen |= set(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
+    return sorted(chosen) or None
 
 
 def ask(words: dict) -> list[int]:
     """Show the menu and read the answer; an empty list means to leave."""
     for number, (script, what) in enumerate(zip(SCRIPTS, words["steps"], strict=True), 1):
-        print(f"  {number}  {what:24} {script}")
+        print(f"  {number}  {script:24} {what}")
     print(f"\n{words['presets']}")
     for name, description in list_presets(ROOT).items():
         print(f"  {name:12} {description}")
@@ -182,7 +184,7 @@ def main() -> None:
             sys.exit(code)
     print(f"\n{words['done'].format(seconds=time.monotonic() - began)}")
     for number, what, seconds in times:
-        print(f"  {number}  {what:36} {seconds:6.1f} s")
+        print(f"  {number}  {seconds:6.1f} s  {what}")
 
 
 if __name__ == "__main__":

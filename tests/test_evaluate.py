@@ -1,0 +1,957 @@
+"""Step 4: what it scores, generates and computes, what it says about it, and what it refuses."""
+
+import copy
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, load_script, ok, refused, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+METRICS = ["nll_per_token", "answer_quality", "style_match", "helpfulness"]
+MODEL_KEYS = {*METRICS, "perplexity", "bits_per_byte", "scored_tokens", "forgetting", "cost"}
+PAIRS = [("lora", "base"), ("full", "base"), ("full", "lora")]
+GENERAL = "The river rose in the night.\n\nTwo birds sat on a wall and sang until noon.\n"
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script(SCRIPTS[3])
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def phi(tiny):
+    return load(tiny)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    from hub import tiny_phi
+
+    return load(tiny_phi(tmp_path_factory.mktemp("tied") / "tiny-llama", tied=True))
+
+
+@torch.no_grad()
+def plain_nll(model, context: list[int], continuation: list[int]) -> float:
+    """nll of a continuation from one unpadded forward pass, summed in double precision."""
+    logits = model(input_ids=torch.tensor([context + continuation])).logits[0].double()
+    wanted = logits.log_softmax(-1)[len(context) - 1 : -1]
+    return -sum(wanted[i, token].item() for i, token in enumerate(continuation))
+
+
+# --- score
+
+
+def some_rows(seed: int = 0, n: int = 20) -> list[tuple[list[int], list[int]]]:
+    draw = random.Random(seed)
+
+    def ids(most: int) -> list[int]:
+        return [draw.randrange(490) for _ in range(draw.randint(1, most))]
+
+    return [(ids(30), ids(40)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("name", ["phi", "tied"])
+def test_score_is_the_plain_sum_over_the_continuation(script, request, name):
+    model, rows = request.getfixturevalue(name), some_rows()
+    got = script.score(model, rows, 300, "test")
+    assert got.shape == (len(rows),) and got.dtype == np.float64
+    assert got == pytest.approx([plain_nll(model, *row) for row in rows], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["phi", "tied"])
+def test_score_does_not_depend_on_batches_order_or_padding(script, request, name):
+    model, rows = request.getfixturevalue(name), some_rows(1)
+    alone = script.score(model, rows, 1, "one by one")
+    for budget in (90, 10**6):
+        assert script.score(model, rows, budget, "test") == pytest.approx(alone, rel=1e-5)
+    order = random.Random(2).sample(range(len(rows)), len(rows))
+    shuffled = script.score(model, [rows[i] for i in order], 200, "shuffled")
+    assert shuffled == pytest.approx(alone[order], rel=1e-5)
+    # one very long companion pads all others
+    beside = script.score(model, [*rows, ([1] * 300, [2] * 200)], 10**6, "padded")
+    assert beside[:-1] == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_context_is_conditioned_on_and_not_scored(script, phi):
+    first, context, continuation = [7], [3, 50, 200, 8], [12, 90, 4, 400]
+    both, of_context, of_rest, other = script.score(
+        phi,
+        [
+            (first, context + continuation),
+            (first, context),
+            (first + context, continuation),
+            (first + context[::-1], continuation),
+        ],
+        1000,
+        "chain",
+    )
+    assert both == pytest.approx(of_context + of_rest, rel=1e-5)  # the chain rule
+    assert abs(of_rest - other) > 1e-3
+
+
+def test_batches_keep_to_the_budget_and_lose_no_row(script):
+    lengths = [random.Random(0).randint(1, 90) for _ in range(10)] + [5, 500, 5, 77, 1]
+    for budget in (1, 100, 350, 10**6):
+        found = list(script.batches(lengths, budget))
+        assert sorted(itertools.chain(*found)) == list(range(len(lengths)))
+        for batch in found:
+            assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+    assert len(list(script.batches(lengths, 10**6))) == 1
+    assert list(script.batches([], 100)) == []
+
+
+# --- answer
+
+
+@pytest.fixture(scope="module")
+def talker(tiny):
+    """The tiny model without its head's bias, which else makes it say one token without a text for ever."""
+    model = load(tiny)
+    with torch.no_grad():
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[len(AutoTokenizer.from_pretrained(tiny)) :] = -1e4
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    found = AutoTokenizer.from_pretrained(tiny)
+    found.pad_token = found.eos_token
+    return found
+
+
+@torch.no_grad()
+def greedy(model, prompt: list[int], limit: int) -> list[int]:
+    """The most likely tokens, one forward pass each, with no cache, no padding and no end."""
+    ids = list(prompt)
+    for _ in range(limit):
+        ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def test_answers_in_batches_are_those_of_one_prompt_alone(script, talker, tokenizer):
+    draw = random.Random(4)
+    prompts = [[draw.randrange(490) for _ in range(length)] for length in (9, 2, 31, 17, 4, 1, 23)]
+    limit = 12
+    free = [greedy(talker, prompt, limit) for prompt in prompts]
+    # two ends that different prompts reach, neither at once; eos pads, and nobody says it by itself here
+    ends = sorted({tokenizer.eos_token_id, free[0][5], free[1][8]})
+    expected = []
+    for tokens in free:
+        stop = next((n for n, token in enumerate(tokens) if token in ends), None)
+        text = tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
+        expected.append({"answer": text, "stopped": stop is not None})
+    assert {row["stopped"] for row in expected} == {True, False}, "the example shows only one of both"
+    assert len({row["answer"] for row in expected}) > 3
+    for size in (1, 3, 100):
+        assert script.answer(talker, tokenizer, prompts, ends, limit, size, "test") == expected
+    alone = talker.generate(  # the library's own, too
+        torch.tensor([prompts[2]]),
+        attention_mask=torch.ones(1, len(prompts[2]), dtype=torch.long),
+        max_new_tokens=limit,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.eos_token_id,
+    )[0, len(prompts[2]) :].tolist()
+    assert tokenizer.decode([t for t in alone if t not in ends]).strip() == expected[2]["answer"]
+
+
+def test_an_answer_ends_at_any_end_and_is_cut_at_the_cap(script, talker, tokenizer):
+    prompt = [11, 45, 300]
+    tokens = greedy(talker, prompt, 12)
+    at = next(n for n in range(2, 12) if tokens[n] not in tokens[:n])
+    eos = tokenizer.eos_token_id
+
+    def said(ends: list[int], limit: int) -> dict:
+        return script.answer(talker, tokenizer, [prompt], ends, limit, 4, "test")[0]
+
+    def text(n: int) -> str:
+        return tokenizer.decode(tokens[:n]).strip()
+
+    for ends in ([eos, tokens[at]], [tokens[at], eos], [tokens[at]]):
+        assert said(ends, 12) == {"answer": text(at), "stopped": True}
+    assert said([eos, tokens[at]], at + 1) == {
+        "answer": text(at),
+        "stopped": True,
+    }  # the cap's last token ends it
+    assert said([eos, tokens[at]], at) == {"answer": text(at), "stopped": False}
+    assert said([eos], 5) == {"answer": text(5), "stopped": False}
+    assert said([tokens[0]], 12) == {"answer": "", "stopped": True}
+
+
+# --- what an answer is worth
+
+ENGLISH = [
+    ("Bonds pay a fixed interest. Shares don't.", "Bonds pay interest; shares pay dividends."),
+    ("Diversify: 60% in funds, 40% in bonds!", "You should diversify (60/40)."),
+    ("no", "A long answer about taxes, savings and pensions."),
+    ("the same words", "words same the"),
+]
+
+
+def test_rouge_and_chrf_are_the_libraries_on_english(script):
+    from rouge_score import rouge_scorer
+    from sacrebleu import sentence_chrf
+
+    texts, references = map(list, zip(*ENGLISH, strict=True))
+    texts[0] = texts[0].replace(
+        "don't", "do not"
+    )  # the library's own tokenizer splits at the apostrophe, ours too
+    got = script.AnswerQuality().compute(predictions=texts, references=references)
+    rouge = rouge_scorer.RougeScorer(["rougeL"])
+    for n, (text, reference) in enumerate(zip(texts, references, strict=True)):
+        assert got["rouge_l"][n] == pytest.approx(rouge.score(reference, text)["rougeL"].fmeasure)
+        assert got["chrf"][n] == pytest.approx(sentence_chrf(text, [reference]).score / 100)
+        assert got["rows"][n] == pytest.approx((got["rouge_l"][n] + got["chrf"][n]) / 2)
+    assert 0 < got["rows"][0] < 1
+
+
+def test_identical_answers_are_perfect_and_empty_ones_worth_nothing(script):
+    texts = ["Save first. Then invest.", "应急基金是三到六个月的支出。", "- a list\n- of **two**", "42"]
+    got = script.AnswerQuality().compute(predictions=texts, references=texts)
+    assert got["rows"] == pytest.approx([1] * len(texts))
+    assert [script.style_match(text, text) for text in texts] == pytest.approx([1] * len(texts))
+    got = script.AnswerQuality().compute(predictions=[""] * len(texts), references=texts)
+    assert got["rows"] == got["rouge_l"] == got["chrf"] == [0] * len(texts)
+    assert all(script.style_match("", text) <= 0.5 for text in texts)
+
+
+def test_chinese_is_compared_by_characters(script):
+    # four of five characters, in order: precision 4/4, recall 4/5; as one "word" it would be 0
+    got = script.AnswerQuality().compute(predictions=["分散投资"], references=["分散的投资"])
+    assert got["rouge_l"] == pytest.approx([2 * 1 * 0.8 / 1.8])
+    assert script.Words().tokenize("ETF基金2024 naïve_x") == ["etf", "基", "金", "2024", "naïve", "x"]
+
+
+def test_chinese_sentences_end_without_a_space(script):
+    one, two = "基金分散风险,债券降低波动,现金随时可用。", "基金分散风险。债券降低波动。现金随时可用。"
+    assert script.style_match(one, two) < 0.9
+    assert script.style_match("Is 3.5 % much?", "Is 3 5 % much?") == pytest.approx(
+        1
+    )  # not the end of a sentence
+
+
+TEXTS = [
+    "",
+    " \n",
+    "the",
+    "Yes.",
+    "A fund holds many shares, and that is why it varies less than one of them.",
+    "# Steps\n\n1. Save.\n2. Invest.\n\n**Do not** hurry!",
+    "- a\n- b\n- c",
+    "到期收益率。到期收益率!",
+    "the the the of of and",
+    "?!?",
+    "word " * 300,
+    "x" * 5000,
+]
+
+
+def test_style_match_is_symmetric_and_within_0_and_1(script):
+    for a, b in itertools.product(TEXTS, TEXTS):
+        value = script.style_match(a, b)
+        assert 0 <= value <= 1 and value == pytest.approx(script.style_match(b, a))
+
+
+def test_each_part_of_the_style_counts(script):
+    base = "Save the money in a fund. Keep it for the years."
+    assert script.style_match(base, "Sell the shares in a bank. Hold it for the days.") == pytest.approx(1)
+    for other in (
+        f"{base} {base}",  # number of words
+        "Save the money in a fund keep it for the years.",  # words per sentence
+        "- Save the money in a fund. Keep it for the years.",  # list items
+        "Save this money at your fund. Keep them by all years.",  # function words
+    ):
+        assert script.style_match(base, other) < 0.95, other
+
+
+def test_helpfulness_has_five_parts_that_each_count(script):
+    question, good = "How do bonds protect savings?", "Bonds protect your savings by paying a fixed interest."
+    again = "bonds protect savings " * 20
+    assert script.helpfulness_proxy(question, good, True) == 1
+    assert script.helpfulness_proxy(question, good, False) == pytest.approx(0.8)
+    assert script.helpfulness_proxy(question, again, True) == pytest.approx(0.8)
+    assert script.helpfulness_proxy(question, "Nobody ever knows.", True) == pytest.approx(0.8)
+    # one of three content words, where half of them would be enough: 2/3 of this part
+    assert script.helpfulness_proxy(question, "Buy bonds now.", True) == pytest.approx((4 + 2 / 3) / 5)
+    assert script.helpfulness_proxy("债券如何保护储蓄?", "Buy now and hold.", True) == pytest.approx(0.6)
+    assert script.helpfulness_proxy("债券如何保护储蓄?", "债券保护您的储蓄。", True) == 1
+    assert script.helpfulness_proxy(question, " \n", True) == pytest.approx(0.2)
+    assert script.helpfulness_proxy(question, "", False) == 0
+    for asked, text, stopped in itertools.product(TEXTS, TEXTS, (True, False)):
+        assert 0 <= script.helpfulness_proxy(asked, text, stopped) <= 1
+
+
+def test_repetitive(script):
+    assert script.repetitive("buy low sell high " * 10)
+    assert script.repetitive("复利" * 20)
+    assert not script.repetitive(" ".join(f"word{n}" for n in range(40)))
+    assert not script.repetitive("no no no no no")  # too short to say
+    assert not script.repetitive("")
+    half = " ".join(f"word{n}" for n in range(30))
+    assert not script.repetitive(f"{half} {half}")  # one repetition is emphasis
+    assert script.repetitive(f"{half} {half} {half}")
+
+
+# --- statistics
+
+
+def simulate(script, n: int, sets: int, seed: int, grouped: bool) -> tuple[float, float]:
+    """(coverage of 0 by the intervals, share of p-values below .05) over data sets without a difference.
+
+    A shift of the true difference moves data, interval and truth alike: zero loses no generality.
+    """
+    draw = np.random.default_rng(seed)
+    tokens = np.maximum(np.rint(draw.lognormal(3.6, 0.5, (sets, n))), 1)
+    group = draw.integers(0, int(n * 0.8), (sets, n)) if grouped else np.tile(np.arange(n), (sets, 1))
+    # rows with one question are alike: most of the difference is the question's
+    shared = np.take_along_axis(draw.normal(0, 0.2, (sets, n)), group, 1)
+    a = tokens * (2 + shared + draw.normal(0, 0.1, (sets, n)))
+    found = [script.compare(a[i], 2 * tokens[i], tokens[i], group[i].tolist(), 2000, i) for i in range(sets)]
+    covered = np.mean([c["ci95"][0] <= 0 <= c["ci95"][1] for c in found])
+    return float(covered), float(np.mean([c["p_value"] < 0.05 for c in found]))
+
+
+@pytest.mark.parametrize("n, grouped", [(100, False), (150, True)])
+def test_intervals_cover_and_p_values_are_uniform_without_a_difference(script, n, grouped):
+    covered, below = simulate(script, n, 600, 7, grouped)
+    assert 0.93 <= covered <= 0.97
+    assert 0.02 <= below <= 0.08
+
+
+def test_identical_models_do_not_differ_at_all(script):
+    draw = np.random.default_rng(0)
+    nll, tokens = draw.gamma(2, 30, 50), draw.integers(1, 90, 50)
+    for groups in (list(range(50)), ["x"] * 50, [n // 3 for n in range(50)]):
+        found = script.compare(nll, nll.copy(), tokens, groups, 2000, 1)
+        assert found == {"difference": 0.0, "ci95": [0.0, 0.0], "p_value": 1.0, "n": 50}
+
+
+def test_a_planted_difference_is_found_and_has_its_size(script):
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(5, 90, 120)
+    b = tokens * draw.normal(2, 0.3, 120)
+    a = b + tokens * draw.normal(0.1, 0.2, 120)
+    found = script.compare(a, b, tokens, list(range(120)), 2000, 1)
+    assert found["difference"] == pytest.approx((a - b).sum() / tokens.sum())
+    assert 0 < found["ci95"][0] < found["difference"] < found["ci95"][1] and found["p_value"] < 0.01
+    back = script.compare(b, a, tokens, list(range(120)), 2000, 1)
+    assert back["difference"] == -found["difference"] and back["ci95"][1] < 0
+    assert back["p_value"] == found["p_value"]
+
+
+def test_p_is_that_of_all_sign_flips(script):
+    a = np.array([1.0, 2.0, 3.0, -0.5, 2.5, 0.7])
+    sums = [abs(np.dot(signs, a)) for signs in itertools.product((-1, 1), repeat=len(a))]
+    exact = np.mean([value >= abs(a.sum()) - 1e-9 for value in sums])
+    found = script.compare(a, np.zeros(6), np.ones(6), list(range(6)), 20000, 3)
+    assert found["p_value"] == pytest.approx(exact, abs=0.01)
+
+
+def test_the_seed_decides_the_resampling(script):
+    draw = np.random.default_rng(0)
+    data = (draw.normal(0, 1, 60), draw.normal(0, 1, 60), np.ones(60), list(range(60)))
+    one = script.compare(*data, 2500, 1)
+    assert one == script.compare(*data, 2500, 1)
+    other = script.compare(*data, 2500, 2)
+    assert other["ci95"] != one["ci95"] and other["difference"] == one["difference"]
+
+
+def test_copies_of_a_row_do_not_make_the_interval_narrower(script):
+    draw = np.random.default_rng(0)
+    a, groups = draw.normal(0.1, 1, 80), list(range(80))
+    one = script.compare(a, np.zeros(80), np.ones(80), groups, 4000, 1)
+    copies = np.tile(a, 4), np.zeros(320), np.ones(320)
+    together = script.compare(*copies, groups * 4, 4000, 1)
+    apart = script.compare(*copies, list(range(320)), 4000, 1)
+
+    def width(c: dict) -> float:
+        return c["ci95"][1] - c["ci95"][0]
+
+    assert width(together) == pytest.approx(width(one)) and together["p_value"] == one["p_value"]
+    assert width(together) == pytest.approx(2 * width(apart), rel=0.1)
+    assert together["difference"] == pytest.approx(apart["difference"]) and together["n"] == 320
+
+
+def test_holm_by_hand(script):
+    # .01 x 3 = .03; .03 x 2 = .06; .04 x 1 = .04, but not below the one before
+    rows = [{"metric": "x", "p_value": p} for p in (0.01, 0.04, 0.03)] + [{"metric": "y", "p_value": 0.04}]
+    script.holm(rows)
+    assert [row["p_value"] for row in rows] == pytest.approx([0.03, 0.06, 0.06, 0.04])
+    rows = [{"metric": "x", "p_value": p} for p in (0.9, 0.5, 0.5)]
+    script.holm(rows)
+    assert [row["p_value"] for row in rows] == [1, 1, 1]
+
+
+def test_holm_keeps_the_order_and_never_lowers_a_p_value(script):
+    draw = random.Random(0)
+    for _ in range(200):
+        before = [draw.random() ** 3 for _ in range(draw.randint(1, 5))]
+        rows = [{"metric": "x", "p_value": p} for p in before]
+        script.holm(rows)
+        after = [row["p_value"] for row in rows]
+        assert all(p <= q <= 1 for p, q in zip(before, after, strict=True))
+        order = sorted(range(len(before)), key=before.__getitem__)
+        assert [after[i] for i in order] == sorted(after)
+        assert min(after) == pytest.approx(min(1, min(before) * len(before)))
+
+
+def test_the_verdict_follows_the_interval(script):
+    draw = random.Random(0)
+    cases = [(0.0, 0.2), (-0.2, 0.0), (0.0, 0.0)] + [
+        tuple(sorted((draw.uniform(-1, 1), draw.uniform(-1, 1)))) for _ in range(200)
+    ]
+    for low, high in cases:
+        row = {"a": "lora", "b": "base", "metric": "nll_per_token", "difference": (low + high) / 2}
+        said = script.verdict({"comparisons": [row | {"ci95": [low, high], "p_value": 0.5, "n": 9}]})
+        words = set(re.findall(r"better|worse|no difference", said))
+        assert words == {"no difference" if low <= 0 <= high else "better" if high < 0 else "worse"}, said
+    # the sentence is about nll alone: other metrics have another direction
+    other = {"a": "lora", "b": "base", "metric": "style_match", "difference": 1.0, "ci95": [0.9, 1.1]}
+    assert "lora" not in script.verdict({"comparisons": [other]})
+
+
+# --- fairness
+
+
+@pytest.fixture(scope="module")
+def fair(trained) -> dict[str, dict]:
+    """Logs of two comparable long runs: those of `trained` as if they had gone on."""
+    logs = {}
+    for name in ("lora", "full"):
+        logs[name] = json.loads((trained / f"outputs/{name}_model/training_log.json").read_text("utf-8"))
+        logs[name]["summary"] |= {"steps": 300, "epochs": 3.0}
+        logs[name]["settings"] |= {"NUM_EPOCHS": 3.0, "MAX_STEPS": None, "WARMUP_RATIO": 0.1}
+    return logs
+
+
+def unfair(script, fair: dict, change, rows: int = 100, cut: dict | None = None) -> list[str]:
+    from types import SimpleNamespace
+
+    logs = copy.deepcopy(fair)
+    change(logs)
+    cut = {"lora": 0, "full": 0} if cut is None else cut
+    return script.fairness(logs, rows, SimpleNamespace(MAX_NEW_TOKENS=64), cut)
+
+
+def setting(method: str, **values):
+    return lambda logs: logs[method]["settings"].update(values)
+
+
+def summary(method: str, **values):
+    return lambda logs: logs[method]["summary"].update(values)
+
+
+def nothing(logs: dict) -> None:
+    pass
+
+
+def test_a_fair_comparison_has_no_warning(script, fair):
+    assert unfair(script, fair, nothing) == []
+    # the same rows per step, made in another way, are no difference
+    assert unfair(script, fair, setting("lora", BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=4)) == []
+    assert unfair(script, fair, lambda logs: logs.pop("full")) == []
+
+
+def two_processes(logs: dict) -> None:
+    logs["full"]["environment"]["processes"] = 2
+
+
+def fewer_rows(logs: dict) -> None:
+    logs["lora"]["data"]["train_rows"] -= 1
+
+
+def same_rate(logs: dict) -> None:
+    logs["full"]["settings"]["LEARNING_RATE"] = logs["lora"]["settings"]["LEARNING_RATE"]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (setting("lora", SEED=7), "differ in SEED: 7 (lora), 42 (full)"),
+        (setting("full", NUM_EPOCHS=2.0), "differ in NUM_EPOCHS: 3.0 (lora), 2.0 (full)"),
+        (setting("full", MAX_STEPS=300), "differ in MAX_STEPS: None (lora), 300 (full)"),
+        (setting("full", MAX_LENGTH=512), "differ in MAX_LENGTH: 1024 (lora), 512 (full)"),
+        (setting("lora", MAX_TRAIN_SAMPLES=9), "differ in MAX_TRAIN_SAMPLES: 9 (lora), None (full)"),
+        (setting("lora", BATCH_SIZE=4), "differ in rows per step: 8 (lora), 4 (full)"),
+        (setting("full", GRADIENT_ACCUMULATION_STEPS=1), "differ in rows per step: 4 (lora), 2 (full)"),
+        (two_processes, "differ in rows per step: 4 (lora), 8 (full)"),
+        (same_rate, "both methods had the learning rate"),
+        (fewer_rows, "trained on different numbers of rows"),
+        (summary("lora", steps=30, epochs=0.3), "lora never left its warm-up (30 steps)"),
+        (summary("full", steps=1, epochs=3.0), "full never left its warm-up (1 steps)"),
+    ],
+)
+def test_each_unfairness_is_named_and_no_other(script, fair, change, said):
+    found = unfair(script, fair, change)
+    assert len(found) == 1 and said in found[0]
+
+
+def test_warm_up_is_counted_in_the_steps_that_were_asked_for(script, fair, trained):
+    # MAX_STEPS shortens the schedule and its warm-up with it: 4 steps of `trained` have a warm-up of one
+    def short(logs: dict) -> None:
+        for log in logs.values():
+            log["settings"]["MAX_STEPS"] = 4
+            log["summary"] |= {"steps": 4, "epochs": 0.1}
+
+    assert unfair(script, fair, short) == []
+    rates = [
+        r["learning_rate"]
+        for r in json.loads((trained / "outputs/lora_model/training_log.json").read_text("utf-8"))["history"]
+        if "learning_rate" in r
+    ]
+    assert len(rates) == 4 and max(rates) in rates[:2] and rates[-1] < max(rates)  # so it really is
+
+
+def test_few_rows_and_cut_answers_are_named(script, fair):
+    (found,) = unfair(script, fair, nothing, rows=99)
+    assert "only 99 rows" in found
+    (found,) = unfair(script, fair, nothing, cut={"lora": 0, "full": 3})
+    assert found == "3 answers of full were cut at MAX_NEW_TOKENS=64"
+
+
+# --- end to end
+
+
+def work(trained: Path, folder: Path) -> Path:
+    """A copy of `trained` without what evaluation does not read."""
+    return shutil.copytree(trained, folder / "work", ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tiny, tmp_path_factory) -> tuple[Path, str]:
+    """(folder, standard output) of one real run of the script with everything there."""
+    from safetensors.torch import load_file, save_file
+
+    folder = work(trained, tmp_path_factory.mktemp("evaluated"))
+    # The head's bias makes the tiny model repeat one token that has no text; without it the full model talks.
+    weights = folder / "outputs/full_model/final_model/model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.bias"].zero_()[len(AutoTokenizer.from_pretrained(tiny)) :] = -1e4
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (folder / "general.txt").write_text(GENERAL, encoding="utf-8")
+    flags = "--max_new_tokens 24 --resamples 2000 --general_text general.txt".split()
+    return folder, ok(run(SCRIPTS[3], "--model_name", tiny, *flags, cwd=folder))
+
+
+@pytest.fixture(scope="module")
+def results(evaluated) -> dict:
+    return json.loads((evaluated[0] / "outputs/evaluation_results.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def records(evaluated) -> list[dict]:
+    text = (evaluated[0] / "outputs/evaluation_examples.jsonl").read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def of(records: list[dict], name: str, key: str) -> list[dict]:
+    return [row for row in records if row["model"] == name and key in row]
+
+
+def test_the_files_are_these_and_no_others(evaluated):
+    outputs = evaluated[0] / "outputs"
+    assert {p.name for p in outputs.iterdir()} == {
+        ".lock",
+        "lora_model",
+        "full_model",
+        "evaluation_results.json",
+        "evaluation_examples.jsonl",
+        "evaluation_report.md",
+        "evaluation_report.html",
+        "plots",
+    }
+    pictures = sorted((outputs / "plots").iterdir())
+    assert [p.name for p in pictures] == ["loss_curves.png", "perplexity.png"]
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG\r\n") and picture.stat().st_size > 5000
+
+
+def test_the_results_have_the_agreed_keys(results):
+    assert set(results) == {"environment", "settings", "data", "models", "comparisons", "warnings"}
+    assert list(results["models"]) == ["base", "lora", "full"]
+    for name, model in results["models"].items():
+        assert set(model) >= MODEL_KEYS
+        assert model["perplexity"] == pytest.approx(math.exp(model["nll_per_token"]))
+        assert model["nll_ci95"][0] < model["nll_per_token"] < model["nll_ci95"][1]
+        assert set(model["perplexity_by_prompt"]) == ({"chat", "plain"} if name == "base" else {"chat"})
+        assert model["perplexity"] == min(model["perplexity_by_prompt"].values())
+        assert all(0 <= model[key] <= 1 for key in METRICS[1:])
+    assert [(c["metric"], c["a"], c["b"]) for c in results["comparisons"]] == [
+        (metric, *pair) for metric in METRICS for pair in PAIRS
+    ]
+    for c in results["comparisons"]:
+        assert set(c) == {"a", "b", "metric", "difference", "ci95", "p_value", "n"}
+        a, b = results["models"][c["a"]], results["models"][c["b"]]
+        assert c["difference"] == pytest.approx(a[c["metric"]] - b[c["metric"]], abs=1e-9)
+        assert c["ci95"][0] <= c["difference"] <= c["ci95"][1] and 0 < c["p_value"] <= 1 and c["n"] == 16
+
+
+def test_the_cost_is_the_log_and_the_size_on_disk(evaluated, results):
+    assert results["models"]["base"]["cost"] is None
+    for name, final in (("lora", "final_lora_adapter"), ("full", "final_model")):
+        folder = evaluated[0] / f"outputs/{name}_model"
+        log = json.loads((folder / "training_log.json").read_text("utf-8"))
+        keys = ("train_runtime_s", "tokens", "tokens_per_second", "peak_memory_bytes")
+        assert results["models"][name]["cost"] == {key: log["summary"][key] for key in keys} | {
+            "trainable": log["parameters"]["trainable"],
+            "disk_bytes": sum(p.stat().st_size for p in (folder / final).iterdir()),
+        }
+
+
+def test_the_examples_add_up_to_the_results(script, results, records):
+    assert len(records) == 3 * (16 + 16)
+    for name, model in results["models"].items():
+        rows, asked = of(records, name, "nll"), of(records, name, "answer")
+        keys = {"id", "model", "context_ids", "continuation_ids", "nll", "tokens", "bytes"}
+        assert len(rows) == len(asked) == 16 and all(set(row) == keys for row in rows)
+        assert all(set(row) == {"id", "model", "prompt", "answer", "reference", "stopped"} for row in asked)
+        nll, tokens = sum(row["nll"] for row in rows), sum(row["tokens"] for row in rows)
+        assert tokens == sum(len(row["continuation_ids"]) for row in rows) == model["scored_tokens"]
+        assert model["nll_per_token"] == pytest.approx(nll / tokens)
+        assert model["bits_per_byte"] == pytest.approx(nll / math.log(2) / sum(row["bytes"] for row in rows))
+        texts, references = [r["answer"] for r in asked], [r["reference"] for r in asked]
+        quality = script.AnswerQuality().compute(predictions=texts, references=references)["rows"]
+        style = [script.style_match(*pair) for pair in zip(texts, references, strict=True)]
+        useful = [
+            script.helpfulness_proxy(r["prompt"][-1]["content"], r["answer"], r["stopped"]) for r in asked
+        ]
+        for key, values in (("answer_quality", quality), ("style_match", style), ("helpfulness", useful)):
+            assert model[key] == pytest.approx(np.mean(values)), key
+    assert results["models"]["full"]["answer_quality"] > 0, (
+        "no model said anything: the example shows nothing"
+    )
+
+
+def test_what_was_scored_is_the_reference_without_its_end(evaluated, results, records, tiny, tokenizer):
+    from datasets import load_from_disk
+
+    parts = load_from_disk(str(evaluated[0] / "data/eval"))
+    test = {row["id"]: row for row in parts if row["part"] == "test"}
+    assert {row["id"] for row in records} == set(test)
+    full = AutoTokenizer.from_pretrained(evaluated[0] / "outputs/full_model/final_model")
+    for row in (row for row in records if "nll" in row):
+        text = test[row["id"]]["completion"][0]["content"]
+        assert tokenizer.decode(row["continuation_ids"]) == text and row["bytes"] == len(text.encode())
+        assert tokenizer.eos_token_id not in row["continuation_ids"]
+        question = test[row["id"]]["prompt"][-1]["content"]
+        context = tokenizer.decode(row["context_ids"])
+        if results["models"][row["model"]]["prompt"] == "chat":
+            wanted = full.apply_chat_template(
+                test[row["id"]]["prompt"], tokenize=False, add_generation_prompt=True
+            )
+            assert context == wanted
+        else:
+            assert row["model"] == "base" and context == f"Question: {question}\n\nAnswer:\n"
+
+
+@pytest.mark.parametrize("name", ["base", "full"])
+def test_the_nll_is_that_of_the_saved_model(evaluated, records, tiny, name):
+    model = load(tiny if name == "base" else evaluated[0] / "outputs/full_model/final_model")
+    for row in of(records, name, "nll")[:6]:
+        assert row["nll"] == pytest.approx(
+            plain_nll(model, row["context_ids"], row["continuation_ids"]), rel=1e-5
+        )
+
+
+def test_forgetting_is_measured_on_the_general_text(results, phi, tokenizer):
+    ids = [tokenizer(text).input_ids for text in GENERAL.strip().split("\n\n")]
+    nll, tokens = sum(plain_nll(phi, [tokenizer.bos_token_id], t) for t in ids), sum(map(len, ids))
+    found = results["models"]["base"]["forgetting"]
+    assert found["tokens"] == tokens and found["nll_per_token"] == pytest.approx(nll / tokens, rel=1e-5)
+    size = len(GENERAL.strip().replace("\n\n", "").encode())
+    assert found["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
+    others = [results["models"][name]["forgetting"]["nll_per_token"] for name in ("lora", "full")]
+    assert len({found["nll_per_token"], *others}) == 3
+
+
+class Page(HTMLParser):
+    """tags: (name, attribute names) in order; links: values of src, href, ...; rows: texts of table cells."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.links, self.rows, self.text, self.inside = [], [], [], "", []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, tuple(sorted(key for key, _ in attrs))))
+        self.links += [value for key, value in attrs if key in ("src", "href", "srcset", "action", "data")]
+        self.inside.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        if tag in self.inside:
+            while self.inside.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.inside):
+            self.rows[-1][-1] += data
+        if "style" not in self.inside:
+            self.text += data
+
+
+def test_the_page_holds_everything_itself(evaluated):
+    page = (evaluated[0] / "outputs/evaluation_report.html").read_text("utf-8")
+    links = Page(page).links
+    assert len(links) == 2 and all(link.startswith("data:image/png;base64,") for link in links)
+    assert "@import" not in page and "url(" not in page
+
+
+def test_helpfulness_is_called_a_proxy_wherever_it_is_shown(evaluated):
+    folder, printed = evaluated
+    shown = [line for line in printed.splitlines() if "helpful" in line.lower()]
+    assert len(shown) == 1 and "helpfulness (proxy, not judged)" in shown[0]
+    assert len(shown[0].split(")")[1].split()) == 3
+    report = (folder / "outputs/evaluation_report.md").read_text("utf-8")
+    lines = [line for line in report.splitlines() if "helpful" in line.lower()]
+    assert len(lines) == 1 + 3 + 1  # the table, three comparisons, the explanation
+    assert "helpfulness (proxy, not judged" in lines[0]
+    assert [line for line in lines if "proxy" not in line] == []
+
+
+def test_the_report_and_the_table_show_the_results(evaluated, results, script):
+    folder, printed = evaluated
+    page = Page((folder / "outputs/evaluation_report.html").read_text("utf-8"))
+    rows = {row[0]: row[1:] for row in page.rows}
+    models = results["models"].values()
+    assert rows["perplexity of the answers (lower is better)"][:3] == [
+        f"{m['perplexity']:.2f}" for m in models
+    ]
+    assert rows["bits per byte on general text"][:3] == [
+        f"{m['forgetting']['bits_per_byte']:.3f}" for m in models
+    ]
+    assert script.verdict(results) in printed and script.verdict(results) in page.text
+    assert script.table(results) in printed
+    for model in models:
+        assert f"{model['perplexity']:.2f}" in printed
+    for warning in results["warnings"]:
+        assert f"warning: {warning}" in printed and " ".join(warning.split()) in page.text
+    for prompts in ("chat", "plain"):
+        assert f"{results['models']['base']['perplexity_by_prompt'][prompts]:.2f}" in page.text
+
+
+# --- hostile text in the report
+
+HOSTILE = [
+    "a | b || c ||| d |",
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "</td></tr></table></body><iframe src=//evil.example></iframe><!-- ",
+    "[link](javascript:alert(1)) ![image](http://evil.example/i.png) <https://evil.example>",
+    "[ref]: http://evil.example 'x'\n\n[ref]",
+    "`code` ``more`` ``` ~~~",
+    "line\nbreak\r\n\r\n# heading\n\n    indented\n\n- item\n\n| a | b |\n|---|---|\n| 1 | 2 |\n",
+    "**bold** __under__ *it* ~~gone~~ $x^2$ ==mark==",
+    r"\| \` \< \\| \[x\](y)",
+    "&lt;script&gt; &amp; &#60;b&#62; &nbsp; &#x3c;i>",
+    'src="plots/perplexity.png" src="plots/loss_curves.png"',
+    "{{ settings }} {% raw %} {# x #} ${y}",
+    "> quote",
+    "1. one",
+    "---",
+    "",
+    "\u202eright to left\u2028\x85\u00a0 中文 ünï 😀 \u200b",
+    "\u0002amp\u0003 \u0002klzzwxh:0000\u0003 \u0002wzxhzdk:0\u0003",
+    "x" * 5000,
+    "|" * 700,
+]
+
+
+def as_shown(text: str) -> str:
+    """What a reader must see of `text`: white space as one space, at most 600 characters."""
+    text = " ".join(text.split())
+    text = text if len(text) <= 600 else text[:600] + " ..."
+    return re.sub("[\u0002\u0003]", "", text)  # these two control characters are markdown's own
+
+
+def report(script, results: dict, folder: Path, texts: list[str], name: str) -> tuple[str, Page]:
+    """The report with `texts` as prompts, answers, warnings and settings; `name` as model, data, device."""
+    results = copy.deepcopy(results)
+    results["settings"] |= {f"S{n}": text for n, text in enumerate(texts)} | {"MODEL_NAME": name}
+    results["data"]["source"] = results["environment"]["device"] = name
+    results["warnings"] = [f"lora is not compared: {text}" for text in texts]
+    examples = [
+        {"prompt": f"Q: {text}", "reference": text, "base": text, "lora": text, "full": text}
+        for text in texts
+    ]
+    (folder / "plots").mkdir(parents=True)
+    images = ["perplexity.png", "loss_curves.png"]
+    for image in images:
+        (folder / "plots" / image).write_bytes(b"\x89PNG")
+    script.write_report(results, examples, images, folder)
+    page = Page((folder / "evaluation_report.html").read_text("utf-8"))
+    return (folder / "evaluation_report.md").read_text("utf-8"), page
+
+
+def test_hostile_text_cannot_leave_its_place(script, results, tmp_path):
+    _, plain = report(script, results, tmp_path / "plain", ["word"] * len(HOSTILE), "word")
+    text, page = report(script, results, tmp_path / "hostile", HOSTILE, "word")
+    assert page.tags == plain.tags  # not one element or attribute more, and none elsewhere
+    assert [len(row) for row in page.rows] == [len(row) for row in plain.rows]
+    assert {tag for tag, _ in page.tags}.isdisjoint(
+        {"script", "a", "iframe", "h3", "blockquote", "pre", "del"}
+    )
+    assert len(page.links) == 2
+    rows = iter(page.rows)
+    for hostile in HOSTILE:
+        for name in ("reference", "base", "lora", "full"):
+            row = next(row for row in rows if row and row[0] == name)
+            assert " ".join(row[1].split()) == as_shown(hostile)
+    # a reader of the markdown sees the same tables, whatever renders it
+    after = text[text.index("## Answers") :]
+    assert {line.count("|") for line in after.splitlines() if line.startswith("|")} == {3}
+
+
+def test_names_are_shown_as_they_are(script, results, tmp_path):
+    _, plain = report(script, results, tmp_path / "plain", [], "word")
+    wrong = []
+    for n, name in enumerate(["microsoft/phi-2", "my_models/a*b_c", *HOSTILE[:13]]):
+        _, page = report(script, results, tmp_path / str(n), [], name)
+        assert page.tags == plain.tags
+        # once each: the model above, its setting, the data, the device
+        wrong += [name] if page.text.count(as_shown(name)) < 4 else []
+    assert wrong == []
+
+
+def test_the_number_of_models_is_the_number_of_columns(script, results, tmp_path):
+    for left_out in ([], ["lora"], ["full"]):
+        some = copy.deepcopy(results)
+        some["models"] = {k: v for k, v in results["models"].items() if k not in left_out}
+        some["comparisons"] = [c for c in results["comparisons"] if not {c["a"], c["b"]} & set(left_out)]
+        _, page = report(script, some, tmp_path / "_".join(["x", *left_out]), ["word"], "word")
+        assert page.rows[0] == ["", *some["models"]]
+        assert {len(row) for row in page.rows[:13]} == {1 + len(some["models"])}
+        first, *lines = script.table(some).splitlines()
+        assert first.split() == list(some["models"])
+        assert len({len(line) for line in [first, *lines]}) == 1
+
+
+# --- what is missing or does not fit
+
+
+@pytest.fixture
+def call(script, trained, tiny, tmp_path, monkeypatch, capsys):
+    """call(settings) runs main() in a copy (call.folder): (exit code, `error:` lines, standard output)."""
+    folder = work(trained, tmp_path)
+    monkeypatch.chdir(folder)
+    short = {"MODEL_NAME": str(tiny), "MAX_NEW_TOKENS": 4, "RESAMPLES": 2000, "MAX_EVAL_SAMPLES": 5}
+    usual = {name: getattr(script, name) for name in script.read_constants(script.__file__)} | short
+
+    def main(**settings) -> tuple[int, str, str]:
+        for key, value in (usual | settings).items():
+            monkeypatch.setattr(script, key, value)
+        capsys.readouterr()
+        try:
+            script.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return code, "\n".join(x for x in said.err.splitlines() if x.startswith("error: ")), said.out
+
+    main.folder = folder
+    return main
+
+
+@pytest.mark.parametrize("missing, left", [("lora", "full"), ("full", "lora")])
+def test_what_was_not_trained_is_named_and_the_rest_compared(call, missing, left):
+    final = {"lora": "outputs/lora_model/final_lora_adapter", "full": "outputs/full_model/final_model"}[
+        missing
+    ]
+    shutil.rmtree(call.folder / final)
+    code, _, out = call()
+    assert code == 0
+    results = json.loads((call.folder / "outputs/evaluation_results.json").read_text("utf-8"))
+    assert list(results["models"]) == ["base", left]
+    assert [(c["a"], c["b"], c["metric"]) for c in results["comparisons"]] == [
+        (left, "base", m) for m in METRICS
+    ]
+    command = {"lora": "python 2_lora_finetuning.py", "full": "python 3_full_finetuning.py"}[missing]
+    note = f"{missing} is not compared: {final} is missing; make it with: {command}"
+    assert note in results["warnings"] and out.count(note) == 2  # before the work and after it
+    assert results["data"]["test_rows"] == 5 and results["models"]["base"]["forgetting"] is None
+    page = Page((call.folder / "outputs/evaluation_report.html").read_text("utf-8"))
+    assert final in page.text
+
+
+def test_nothing_trained_names_both_commands(trained, tiny, tmp_path):
+    folder = work(trained, tmp_path)
+    shutil.rmtree(folder / "outputs/lora_model")
+    shutil.rmtree(folder / "outputs/full_model")
+    result = run(SCRIPTS[3], "--model_name", tiny, cwd=folder)
+    said = refused(result, "python 2_lora_finetuning.py", "python 3_full_finetuning.py")
+    assert len(said) == 2 and list((folder / "outputs").iterdir()) == []
+
+
+def test_another_base_is_refused(call, tiny, tmp_path):
+    other = shutil.copytree(tiny, tmp_path / "other")
+    code, said, _ = call(MODEL_NAME=str(other))
+    assert code == 2 and len(said.splitlines()) == 2
+    assert f"--model_name {tiny}" in said and str(other) in said and "3_full_finetuning.py" in said
+    assert not (call.folder / "outputs/evaluation_results.json").exists()
+
+
+def test_other_data_are_refused(call, tiny):
+    # another held-out part: what would be tested was trained on
+    flags = ["--dataset_name", "rows.jsonl", "--model_name", tiny, "--eval_fraction", "0.2", "--seed", "1"]
+    ok(run(SCRIPTS[0], *flags, cwd=call.folder))
+    code, said, _ = call()
+    assert code == 2 and said.count("was trained on other data") == 2
+    assert "2_lora_finetuning.py" in said and "3_full_finetuning.py" in said
+
+
+def test_an_unfinished_run_is_refused(call):
+    for name in ("lora", "full"):
+        path = call.folder / f"outputs/{name}_model/training_log.json"
+        log = json.loads(path.read_text("utf-8"))
+        path.write_text(
+            json.dumps(log | {"summary": log["summary"] | {"status": "running"}}), encoding="utf-8"
+        )
+        code, said, _ = call()
+        assert code == 2 and f"outputs/{name}_model holds an unfinished run (running)" in said
+    assert len(said.splitlines()) == 2
+
+
+def test_missing_data_are_refused(call):
+    (call.folder / "data/manifest.json").unlink()
+    code, said, _ = call()
+    assert code == 2 and "python 1_prepare_dataset.py" in said
+
+
+def test_a_general_text_that_is_none_is_refused(call):
+    code, said, _ = call(GENERAL_TEXT="nowhere.txt")
+    assert code == 2 and "GENERAL_TEXT" in said and "nowhere.txt" in said
+    (call.folder / "empty.txt").write_text(" \n\n \n", encoding="utf-8")
+    (call.folder / "picture.png").write_bytes(b"\x89PNG\r\n\xff\xfe")
+    for name in ("empty.txt", "picture.png"):
+        code, said, _ = call(GENERAL_TEXT=name)
+        assert code == 2 and "GENERAL_TEXT" in said and name in said, name
+
+
+def test_wrong_settings_are_shown_together(call):
+    code, said, _ = call(
+        MAX_NEW_TOKENS=0, BATCH_TOKENS=0, GENERATION_BATCH=-1, MAX_EVAL_SAMPLES=0, RESAMPLES=10
+    )
+    assert code == 2 and len(said.splitlines()) == 5
+    for name in ("MAX_NEW_TOKENS", "BATCH_TOKENS", "GENERATION_BATCH", "MAX_EVAL_SAMPLES", "RESAMPLES"):
+        assert f"{name} is " in said
+    code, said, _ = call(PRECISION="fp8")
+    assert code == 2 and "PRECISION" in said and "bf16" in said

@@ -1,0 +1,506 @@
+"""run_all.py as its users meet it: in a terminal, with its real settings, and with steps that take no time.
+
+The stand-in steps are the real scripts down to `override(globals())`, so their settings are the real ones;
+what follows there writes down what the step was given, and behaves as the test asks.
+"""
+
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pytest
+import yaml
+from conftest import ROOT, SCRIPTS, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.settings import SECTIONS, list_presets, override, read_constants, split_flags
+from run_all import TEXTS, parse_steps
+
+STAND_IN = """
+override(globals())
+import json, signal, sys, time
+from pathlib import Path
+
+here = Path(__file__).resolve().parent
+names = ("MODEL_NAME", "NUM_EPOCHS", "LEARNING_RATE", "SEED", "COLUMN_MAP")
+seen = {name: globals()[name] for name in names if name in globals()}
+with open(here / "calls.jsonl", "a") as file:
+    file.write(json.dumps({"step": Path(__file__).name[0], "pid": os.getpid(), "argv": sys.argv[1:], **seen}))
+    file.write("\\n")
+behaviour = json.loads((here / "behaviour.json").read_text()).get(Path(__file__).name[0])
+if isinstance(behaviour, int):
+    sys.exit(behaviour)
+if behaviour == "saves":  # as a training does that is asked to stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+if behaviour == "finishes":  # as a training does that is asked to stop while it writes its final folder
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
+if behaviour:
+    print("READY", flush=True)
+    time.sleep(60)
+"""
+BASE_MODEL = """
+from pathlib import Path
+Path("outputs/demo_base_model").mkdir(parents=True)
+Path("outputs/demo_base_model/config.json").write_text("{}")
+with open("calls.jsonl", "a") as file:
+    file.write('{"step": "base model"}\\n')
+"""
+SMALL = "description: a small story\nall:\n  seed: 7\nlora:\n  learning_rate: 3e-4\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """run_all.py and configs/ as they are, beside four steps that only write down what they were given."""
+    shutil.copy(ROOT / "run_all.py", tmp_path)
+    (tmp_path / "configs" / "demo").mkdir(parents=True)
+    (tmp_path / "configs" / "presets").mkdir()
+    for name in ("__init__.py", "settings.py", "files.py", "presets/demo.yaml"):
+        shutil.copy(ROOT / "configs" / name, tmp_path / "configs" / name)
+    (tmp_path / "configs" / "presets" / "small.yaml").write_text(SMALL)
+    (tmp_path / "configs" / "demo" / "base_model.py").write_text(BASE_MODEL)
+    for name in SCRIPTS:
+        head, guard, _ = (ROOT / name).read_text("utf-8").partition('\nif __name__ == "__main__":')
+        assert guard
+        (tmp_path / name).write_text(head + "\nimport os\n" + STAND_IN)
+    behave(tmp_path)
+    return tmp_path
+
+
+def behave(folder: Path, **behaviour: object) -> None:
+    """behave(folder, _2=7): from now on step 2 ends with exit code 7; see STAND_IN for the words."""
+    (folder / "behaviour.json").write_text(json.dumps({k[1:]: v for k, v in behaviour.items()}))
+
+
+def calls(folder: Path) -> list[dict]:
+    """What was run since the last call of this function, in order."""
+    path = folder / "calls.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return [json.loads(line) for line in lines]
+
+
+def steps(folder: Path) -> str:
+    """The numbers of the steps that were run since the last call, in order."""
+    return "".join(call["step"] for call in calls(folder))
+
+
+def run(folder: Path, *words: str, cwd: Path | None = None, **more: object) -> subprocess.CompletedProcess:
+    """run_all.py without a terminal."""
+    return subprocess.run(
+        [sys.executable, str(folder / "run_all.py"), *words],
+        cwd=cwd or folder,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=30,
+        **more,
+    )
+
+
+def terminal(folder: Path, *words: str, python: tuple = (), **more: object) -> pexpect.spawn:
+    """run_all.py in a terminal of its own."""
+    command = [*python, str(folder / "run_all.py"), *words]
+    child = pexpect.spawn(sys.executable, command, cwd=str(folder), encoding="utf-8", timeout=20, **more)
+    child.delaybeforesend = None  # pexpect would wait 50 ms before each answer
+    return child
+
+
+def end(child: pexpect.spawn) -> str:
+    """What else it prints until it ends, with line ends as files have them."""
+    child.expect(pexpect.EOF)
+    child.close()
+    return child.before.replace("\r\n", "\n")
+
+
+# --- the menu
+
+
+def test_the_menu_is_there_at_once_and_shows_steps_and_presets(folder):
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        child = terminal(folder)
+        child.expect_exact(TEXTS["en"]["ask"])
+        seconds.append(time.monotonic() - start)
+        shown = child.before
+        child.sendline("q")
+        end(child)
+    # 0.2 s on an idle machine; importing torch alone would take more than this
+    assert min(seconds) < 1.5, seconds
+    for number, (script, what) in enumerate(zip(SCRIPTS, TEXTS["en"]["steps"], strict=True), 1):
+        assert re.search(rf"^ +{number} +{what} +{re.escape(script)}\r$", shown, re.MULTILINE), shown
+    for name, description in list_presets(folder).items():
+        assert description and re.search(rf"^ +{name} +{re.escape(description)}\r$", shown, re.MULTILINE)
+
+
+def test_the_menu_loads_no_heavy_library(folder):
+    child = terminal(folder, python=("-X", "importtime"))
+    child.expect_exact(TEXTS["en"]["ask"])
+    loaded = {line.rsplit("|", 1)[1].strip() for line in child.before.splitlines() if "|" in line}
+    child.sendline("q")
+    end(child)
+    assert {"configs.settings", "yaml"} <= loaded  # else the list is not what this test takes it for
+    assert not loaded & {"torch", "numpy", "transformers", "datasets", "trl", "huggingface_hub", "pyarrow"}
+
+
+def test_wrong_answers_are_asked_again(folder):
+    child = terminal(folder)
+    for answer in ("5", "0", "1,x", "2-", "-3", "4-2", "nonsense"):
+        child.expect_exact(TEXTS["en"]["ask"])
+        child.sendline(answer)
+        child.expect_exact(TEXTS["en"]["wrong"])
+    child.expect_exact(TEXTS["en"]["ask"])
+    assert not calls(folder)
+    child.sendline("2, 1")
+    assert "All done" in end(child)
+    assert child.exitstatus == 0
+    assert steps(folder) == "12"
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("1", "1"), ("", "1234"), ("3-4", "34")])
+def test_an_answer_runs_just_these_steps(folder, answer, expected):
+    child = terminal(folder)
+    child.expect_exact(TEXTS["en"]["ask"])
+    child.sendline(answer)
+    said = end(child)
+    assert child.exitstatus == 0
+    assert steps(folder) == expected
+    table = said.rpartition("All done in ")[2].splitlines()[1:]
+    assert [line.split()[0] for line in table] == list(expected)  # one line of time for each
+
+
+@pytest.mark.parametrize("leave", ["q", "Q", "quit", "\x04", "\x03"])
+def test_leaving_runs_nothing(folder, leave):
+    child = terminal(folder)
+    child.expect_exact(TEXTS["en"]["ask"])
+    child.send(leave if leave < " " else leave + "\n")  # else Ctrl-D or Ctrl-C
+    said = end(child)
+    assert TEXTS["en"]["nothing"] in said
+    assert "Traceback" not in said
+    assert child.exitstatus == 0
+    assert not calls(folder)
+
+
+def test_the_menu_in_chinese(folder):
+    words = TEXTS["zh"]
+    # an ASCII locale is what a bare container has; the characters must come through all the same
+    child = terminal(folder, "--language", "zh", env={**os.environ, "LC_ALL": "C"})
+    child.expect_exact(words["ask"])
+    for text in (*words["steps"], words["presets"]):
+        assert text in child.before
+    child.sendline("9")
+    child.expect_exact(words["wrong"])
+    child.expect_exact(words["ask"])
+    child.sendline("1")
+    said = end(child)
+    assert words["done"].partition("{")[0] in said and words["steps"][0] in said
+    assert child.exitstatus == 0
+    assert steps(folder) == "1"
+
+
+def test_both_languages_say_the_same_things():
+    assert TEXTS["en"].keys() == TEXTS["zh"].keys()
+    for key, english in TEXTS["en"].items():
+        chinese = TEXTS["zh"][key]
+        assert len(english) == len(chinese) if isinstance(english, list) else english != chinese
+        assert sorted(re.findall(r"\{.*?\}", str(english))) == sorted(re.findall(r"\{.*?\}", str(chinese)))
+        assert re.search(r"[\u4e00-\u9fff]", str(chinese)) and not re.search(r"[\u4e00-\u9fff]", str(english))
+
+
+# --- without a terminal
+
+
+def test_without_a_terminal_the_steps_must_be_named(folder):
+    for language in TEXTS:
+        result = run(folder, "--language", language)
+        assert refused(result, "--yes", "--steps") == [f"error: {TEXTS[language]['no_terminal']}"]
+    assert not calls(folder)
+    assert run(folder, "--steps=3,1").returncode == 0
+    assert steps(folder) == "13"
+
+
+def test_help_needs_no_terminal_and_runs_nothing(folder):
+    for flag in ("--help", "-h"):
+        result = run(folder, flag, "--steps", "1")
+        assert result.returncode == 0
+        for words in ("--preset", "--steps", "--yes", "--demo", "--language", "a small story"):
+            assert words in result.stdout
+    assert not calls(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", [1, 2, 3, 4]),
+        ("  ", [1, 2, 3, 4]),
+        ("all", [1, 2, 3, 4]),
+        ("ALL", [1, 2, 3, 4]),
+        ("1", [1]),
+        ("4,1", [1, 4]),
+        ("1 3", [1, 3]),
+        (" 1 , 3 ", [1, 3]),
+        ("2-4", [2, 3, 4]),
+        ("1,2-3,3", [1, 2, 3]),
+        ("2-2", [2]),
+        ("0", None),
+        ("5", None),
+        ("1-5", None),
+        ("0-2", None),
+        ("1,5", None),
+        ("4-2", None),
+        ("4-2,1", None),  # half of it would be obeyed
+        ("1-2-3", None),
+        ("1-", None),
+        ("-1", None),
+        ("-", None),
+        (",", None),
+        ("1.0", None),
+        ("1;2", None),
+        ("one", None),
+        ("\u00b2", None),
+        ("9" * 5000, None),  # int() refuses so many digits
+    ],
+)
+def test_parse_steps(text, expected):
+    assert parse_steps(text) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="0123456789,- al", max_size=7))
+def test_parse_steps_of_anything_typed(text):
+    found = parse_steps(text)
+    assert found is None or (found and found == sorted(set(found)) and set(found) <= {1, 2, 3, 4})
+
+
+def test_an_endless_list_of_steps_is_refused_at_once(folder):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))  # 512 MB, so that a failure harms nobody
+
+    result = run(folder, "--steps", "1-99999999999", preexec_fn=limit)
+    refused(result, "'1-99999999999' is not a list of steps")
+
+
+# --- what the steps are given
+
+
+def test_flags_reach_the_steps_that_have_them(folder):
+    assert run(folder, "--yes", "--num_epochs", "1", "--lora.learning_rate", "1e-4").returncode == 0
+    first, lora, full, last = calls(folder)
+    assert first["argv"] == last["argv"] == []
+    assert lora["argv"] == ["--num_epochs=1", "--learning_rate=1e-4"]
+    assert full["argv"] == ["--num_epochs=1"]
+    defaults = {name: read_constants(ROOT / name)["LEARNING_RATE"].default for name in SCRIPTS[1:3]}
+    assert (lora["NUM_EPOCHS"], full["NUM_EPOCHS"]) == (1.0, 1.0)
+    assert (lora["LEARNING_RATE"], full["LEARNING_RATE"]) == (1e-4, defaults[SCRIPTS[2]])
+
+
+def test_a_preset_reaches_all_steps_and_flags_beat_it(folder):
+    (folder / "own.yaml").write_text(SMALL.replace("seed: 7", "seed: 8"))
+    assert run(folder, "--preset", "small", "--full.seed", "9", "--seed=6", "--steps", "2-4").returncode == 0
+    assert [call["SEED"] for call in calls(folder)] == [6, 9, 6]
+    for name, seed in (("small", 7), ("own.yaml", 8)):
+        assert run(folder, f"--preset={name}", "--steps", "2,3").returncode == 0
+        lora, full = calls(folder)
+        assert (lora["SEED"], full["SEED"]) == (seed, seed)
+        assert lora["LEARNING_RATE"] == 3e-4 != full["LEARNING_RATE"]
+
+
+def test_flags_hold_for_what_is_chosen_in_the_menu(folder):
+    child = terminal(folder, "--preset", "small", "--num-epochs", "2")
+    child.expect_exact(TEXTS["en"]["ask"])
+    child.sendline("3")
+    end(child)
+    (full,) = calls(folder)
+    assert (full["step"], full["SEED"], full["NUM_EPOCHS"]) == ("3", 7, 2.0)
+
+
+def test_the_demo_makes_its_base_model_once(folder):
+    demo = yaml.safe_load((folder / "configs" / "presets" / "demo.yaml").read_text("utf-8"))
+    assert run(folder, "--demo").returncode == 0
+    found = calls(folder)
+    assert [call["step"] for call in found] == ["base model", "1", "2", "3", "4"]
+    assert {call["MODEL_NAME"] for call in found[1:]} == {demo["all"]["model_name"]}
+    assert run(folder, "--demo", "--steps", "1").returncode == 0
+    assert steps(folder) == "1"
+    shutil.rmtree(folder / "outputs")
+    assert run(folder, "--preset", "demo", "--steps", "1", "--model_name", "org/other").returncode == 0
+    assert steps(folder) == "1"  # another model needs none
+
+
+# --- mistakes are seen before anything runs
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--preset", "smal"], "did you mean small?"),
+        (["--num_epoch", "1"], "did you mean --num_epochs?"),
+        (["--lorra.num_epochs", "1"], "did you mean lora?"),
+        (["--full.lora_r", "8"], "is a setting of 2_lora_finetuning.py"),
+        (["--num_epochs", "many"], "NUM_EPOCHS wants a finite number"),
+        (["--steps", "7"], "--steps 2-4"),
+        (["--steps", "1-"], "--steps 2-4"),
+        (["--language", "fr"], "choose en or zh"),
+        (["--yes=1"], "--yes"),
+        (["2"], "unexpected argument '2'"),
+    ],
+)
+def test_a_mistake_ends_before_the_first_step(folder, words, said):
+    refused(run(folder, "--yes", *words), said)
+    assert not calls(folder)
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--preset", "--language"])
+def test_a_flag_without_its_value_gives_an_example_that_works(folder, flag):
+    (error,) = refused(run(folder, "--yes", flag), flag)
+    example = shlex.split(error.partition("e.g. ")[2])
+    assert example[0] == flag
+    result = run(folder, *(["--yes"] if flag == "--steps" else ["--steps=1"]), *example)
+    assert result.returncode == 0, example
+    assert steps(folder)
+
+
+def test_a_mistake_in_a_later_steps_section_is_seen_at_the_start(folder):
+    (folder / "configs" / "presets" / "small.yaml").write_text("evaluate:\n  max_new_token: 3\n")
+    refused(run(folder, "--preset", "small", "--steps", "1"), "max_new_tokens")
+    assert not calls(folder)
+
+
+# --- a step that fails
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_it_stops_at_the_first_failure_and_says_how_to_go_on(folder, language):
+    given = ["--preset", "small", "--num_epochs", "1", "--prepare.column_map", "instruction=a b,output=c's"]
+    behave(folder, _3=7)
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    result = run(folder, "--yes", *given, "--language", language, cwd=elsewhere)
+    assert result.returncode == 7
+    first = calls(folder)
+    assert [call["step"] for call in first] == ["1", "2", "3"]
+    assert TEXTS[language]["failed"].format(n=3, code=7) in result.stderr
+
+    behave(folder)
+    python, *command = shlex.split(result.stderr.strip().splitlines()[-1])
+    assert python == "python"
+    again = subprocess.run([sys.executable, *command], cwd=elsewhere, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert TEXTS[language]["done"].partition("{")[0] in again.stdout
+    second = calls(folder)
+    assert [call["step"] for call in second] == ["3", "4"]
+    assert second[0]["argv"] == first[2]["argv"] and second[0]["SEED"] == 7
+
+
+def test_the_command_goes_on_with_the_chosen_steps_only(folder):
+    behave(folder, _2=2)
+    result = run(folder, "--steps", "1,2,4")
+    assert result.returncode == 2
+    assert steps(folder) == "12"
+    behave(folder)
+    command = shlex.split(result.stderr.strip().splitlines()[-1])[1:]
+    assert subprocess.run([sys.executable, *command], cwd=folder, capture_output=True).returncode == 0
+    assert steps(folder) == "24"
+
+
+def test_a_failed_demo_goes_on_as_a_demo(folder):
+    (folder / "configs" / "demo" / "base_model.py").write_text("raise SystemExit(5)")
+    result = run(folder, "--demo")
+    assert result.returncode == 5
+    assert not calls(folder)
+    (folder / "configs" / "demo" / "base_model.py").write_text(BASE_MODEL)
+    command = shlex.split(result.stderr.strip().splitlines()[-1])[1:]
+    assert subprocess.run([sys.executable, *command], cwd=folder, capture_output=True).returncode == 0
+    assert steps(folder) == "base model1234"
+
+
+# --- interruptions
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended and was waited for."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("behaviour", ["dies", "saves", "finishes"])
+def test_ctrl_c_reaches_the_step_and_ends_everything(folder, behaviour):
+    behave(folder, _2=behaviour)
+    child = terminal(folder, "--steps", "2,3")
+    child.expect_exact("READY")
+    child.sendintr()
+    said = end(child)
+    assert child.exitstatus == 130, said
+    (call,) = calls(folder)  # step 3 was not run
+    assert gone(call["pid"])
+    # a traceback may be that of the step, which does not catch KeyboardInterrupt, but not of run_all itself
+    assert 'run_all.py", line' not in said
+
+
+@pytest.mark.parametrize("behaviour", ["dies", "saves", "finishes"])
+def test_sigterm_ends_the_step_and_everything(folder, behaviour):
+    behave(folder, _2=behaviour)
+    command = [sys.executable, str(folder / "run_all.py"), "--steps", "2,3"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "READY" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    (call,) = calls(folder)
+    assert gone(call["pid"])
+
+
+def test_an_interrupted_run_goes_on_with_its_command(folder):
+    behave(folder, _2="saves")
+    child = terminal(folder, "--steps", "2,3", "--seed", "5")
+    child.expect_exact("READY")
+    child.sendintr()
+    said = end(child)
+    calls(folder)
+    behave(folder)
+    command = shlex.split(said.strip().splitlines()[-1])[1:]
+    assert subprocess.run([sys.executable, *command], cwd=folder, capture_output=True).returncode == 0
+    assert [(call["step"], call["SEED"]) for call in calls(folder)] == [("2", 5), ("3", 5)]
+
+
+# --- the presets that are there
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "configs/presets").glob("*.yaml")))
+def test_every_preset_fits_all_four_scripts(preset, capsys):
+    data = yaml.safe_load((ROOT / "configs" / "presets" / f"{preset}.yaml").read_text("utf-8"))
+    assert data["description"]
+    # the menu has one line for it
+    assert "\n" not in data["description"].strip()
+    dealt = split_flags(["--preset", preset], ROOT)
+    for script, section in SECTIONS.items():
+        known = read_constants(ROOT / script)
+        constants = {name: constant.default for name, constant in known.items()}
+        applied = {"__file__": str(ROOT / script), **constants}
+        override(applied, dealt[section])
+        wanted = {
+            key.upper(): value for key, value in (data.get("all") or {}).items() if key.upper() in known
+        }
+        wanted |= {key.upper(): value for key, value in (data.get(section) or {}).items()}
+        for name, value in wanted.items():
+            # PyYAML reads 5e-3 as text; the settings make it a number
+            value = float(value) if isinstance(known[name].default, float) else value
+            assert applied[name] == value, name
+    assert "error" not in capsys.readouterr().err

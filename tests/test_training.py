@@ -1,0 +1,734 @@
+"""What both trainings share: token-exact evaluation, sampler, QLoRA's weights, labels, resume, refusals."""
+
+import json
+import math
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, load_script, refused, run, write_rows
+from datasets import Dataset
+
+from configs import files, training
+from configs.settings import read_constants
+
+# --- the scripts' own functions, in this process
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict:
+    return {name: load_script(name) for name in SCRIPTS[1:3]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return files.load_tokenizer(str(tiny), None, "auto")
+
+
+def constants(script: str, **changed) -> SimpleNamespace:
+    """A script's constants at their defaults, apart from `changed`."""
+    known = {name: c.default for name, c in read_constants(ROOT / script).items()}
+    assert set(changed) <= set(known)
+    return SimpleNamespace(**{**known, **changed})
+
+
+def arguments(scripts: dict, script: str, folder: Path, tiny: Path, **changed):
+    """(constants, SFTConfig) of a script for the tiny model: fp32, a step of one pass of two rows."""
+    c = constants(
+        script,
+        **{
+            "MODEL_NAME": str(tiny),
+            "OUTPUT_DIR": str(folder),
+            "REPORT_TO": "none",
+            "GRADIENT_CHECKPOINTING": False,
+            "BATCH_SIZE": 2,
+            "GRADIENT_ACCUMULATION_STEPS": 1,
+            "WARMUP_RATIO": 0.0,
+            **changed,
+        },
+    )
+    return c, scripts[script].training_arguments(c, torch.float32)
+
+
+def token_row(ids: list[int], masked: int) -> dict:
+    """A row as token_rows makes it: the loss on all but the first `masked` tokens."""
+    return {"input_ids": ids, "labels": [-100] * masked + ids[masked:], "length": len(ids)}
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny) -> Dataset:
+    """Eleven rows of 4 to 180 tokens. Short ones are of tokens that the model finds likely, long ones are
+    not, so that a mean over rows or over batches is far from the mean over tokens."""
+    from transformers import AutoModelForCausalLM
+
+    bias = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).lm_head.bias
+    likely = bias.argsort(descending=True).tolist()
+    draw = random.Random(0)
+    lengths = [4, 150, 5, 180, 6, 4, 90, 7, 5, 60, 9]
+    return Dataset.from_list(
+        [
+            token_row([draw.choice(likely[:20] if n < 20 else likely[-150:]) for _ in range(n)], n // 3)
+            for n in lengths
+        ]
+    )
+
+
+def row_sums(folder: Path, rows: Dataset) -> list[tuple[float, int]]:
+    """(nll, scored tokens) of each row, from plain transformers' logits, row by row and without padding."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sums = []
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0]
+        labels = torch.tensor(row["labels"])
+        nll = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+        sums.append((nll.item(), int((labels[1:] != -100).sum())))
+    return sums
+
+
+def over_tokens(sums: list[tuple[float, int]]) -> float:
+    return sum(nll for nll, _ in sums) / sum(tokens for _, tokens in sums)
+
+
+# --- token-exact evaluation
+
+
+def test_eval_loss_is_the_mean_over_tokens(scripts, tokenizer, tiny, uneven, tmp_path):
+    from trl import SFTTrainer
+
+    c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny)
+    data = {"train_dataset": uneven, "eval_dataset": uneven, "processing_class": tokenizer}
+    trainer = training.ExactTrainer(model=scripts[SCRIPTS[2]].build_model(c), args=args, **data)
+    sums = row_sums(tiny, uneven)
+    expected = over_tokens(sums)
+    for size in (1, 3, 8):
+        trainer.args.per_device_eval_batch_size = size
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5), size
+        assert metrics["eval_tokens"] == sum(tokens for _, tokens in sums), size
+
+    # the library's own number differs, so that this test would not pass without the override
+    c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny)
+    args.per_device_eval_batch_size = 1
+    naive = SFTTrainer(model=scripts[SCRIPTS[2]].build_model(c), args=args, **data)
+    assert naive.evaluate()["eval_loss"] == pytest.approx(np.mean([nll / n for nll, n in sums]), abs=1e-3)
+    assert abs(naive.evaluate()["eval_loss"] - expected) > 0.3
+
+
+def test_best_checkpoint_is_chosen_over_tokens(scripts, tokenizer, tiny, uneven, tmp_path):
+    """Trained on the short rows only, the mean over rows still falls where the mean over tokens rises."""
+    short = uneven.filter(lambda n: n < 20, input_columns="length")
+    c, args = arguments(
+        scripts,
+        SCRIPTS[2],
+        tmp_path,
+        tiny,
+        MAX_STEPS=4,
+        EVAL_STEPS=1.0,
+        SAVE_STEPS=1.0,
+        LEARNING_RATE=2e-3,
+        SAVE_TOTAL_LIMIT=9,
+        LR_SCHEDULER="constant",
+    )
+    trainer = training.ExactTrainer(
+        model=scripts[SCRIPTS[2]].build_model(c),
+        args=args,
+        train_dataset=short,
+        eval_dataset=uneven,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    sums = {step: row_sums(tmp_path / f"checkpoint-{step}", uneven) for step in (1, 2, 3, 4)}
+    exact = {step: over_tokens(rows) for step, rows in sums.items()}
+    by_rows = {step: np.mean([nll / tokens for nll, tokens in rows]) for step, rows in sums.items()}
+    best = min(exact, key=exact.get)
+    assert min(by_rows, key=by_rows.get) != best  # else the two could not be told apart here
+    assert Path(trainer.state.best_model_checkpoint).name == f"checkpoint-{best}"
+    assert trainer.state.best_metric == pytest.approx(exact[best], abs=1e-5)
+    logged = {r["step"]: r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r}
+    assert [logged[step] for step in exact] == pytest.approx(list(exact.values()), abs=1e-5)
+    # load_best_model_at_end: what is saved as the result is that checkpoint
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(exact[best], abs=1e-5)
+
+
+# --- the sampler
+
+
+def lengths_of(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).lognormal(5, 0.8, n).astype(int).clip(5).tolist()
+
+
+def order(lengths: list[int], group: int = 16, seed: int = 42, epoch: int = 0) -> list[int]:
+    return list(training.LengthGroupedSampler(lengths, group, seed, lambda: epoch))
+
+
+def padding(lengths: list[int], rows: list[int], size: int = 4) -> int:
+    """Tokens of padding when `rows` are batched in this order."""
+    batches = [[lengths[i] for i in rows[k : k + size]] for k in range(0, len(rows), size)]
+    return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
+
+
+# 805 and 1616: the last pool of 50 steps holds less than one group, and exactly one
+@pytest.mark.parametrize("n", [0, 1, 5, 15, 16, 17, 100, 799, 800, 805, 817, 1616, 2000])
+def test_sampler_is_a_permutation_in_whole_groups(n):
+    lengths = lengths_of(n)
+    rows = order(lengths)
+    assert sorted(rows) == list(range(n))
+    assert len(training.LengthGroupedSampler(lengths, 16, 42, lambda: 0)) == n
+    # Within a group the longest row comes first. So a group that straddled two steps, because a short one
+    # stands in front of it, would show here.
+    for start in range(0, n, 16):
+        group = [lengths[i] for i in rows[start : start + 16]]
+        assert group == sorted(group, reverse=True), start
+
+
+@pytest.mark.parametrize("n", [16, 17, 100, 805, 817, 2000])
+def test_sampler_begins_with_the_longest_row(n):
+    """A run that does not fit the memory must fail in its first step, wherever the longest row stands."""
+    for place in {0, n // 2, n - 1}:
+        lengths = lengths_of(n)
+        lengths[place] = 100_000
+        for epoch in range(8):
+            assert order(lengths, epoch=epoch)[0] == place, (place, epoch)
+
+
+def test_sampler_depends_on_seed_and_epoch_alone():
+    lengths = lengths_of(2000)
+    first = order(lengths)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    random.seed(1)
+    states = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), random.getstate()
+    assert order(lengths) == first
+    # nor does it take from the generators that dropout draws from
+    after = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), random.getstate()
+    assert after == states
+    different = [first, order(lengths, epoch=1), order(lengths, epoch=2), order(lengths, seed=43)]
+    assert len({tuple(rows) for rows in different}) == 4
+    # not merely the same groups in another order
+    groups = [{frozenset(rows[i : i + 16]) for i in range(0, 2000, 16)} for rows in different]
+    assert all(len(groups[0] & other) < 10 for other in groups[1:])
+
+
+def test_sampler_asks_for_the_epoch_anew_each_time():
+    epoch, lengths = [0], lengths_of(100)
+    sampler = training.LengthGroupedSampler(lengths, 16, 42, lambda: epoch[0])
+    first = list(sampler)
+    epoch[0] = 1
+    assert list(sampler) == order(lengths, epoch=1) != first
+
+
+def test_sampler_groups_rows_of_similar_lengths():
+    lengths = lengths_of(2000)
+    at_random = np.random.default_rng(7).permutation(2000).tolist()
+    assert padding(lengths, order(lengths)) < 0.1 * padding(lengths, at_random)
+    assert padding(lengths, order(lengths), 16) < 0.3 * padding(lengths, at_random, 16)
+    # yet the groups themselves come in a random order: no curriculum from long to short
+    means = [np.mean([lengths[i] for i in order(lengths)[k : k + 16]]) for k in range(0, 2000, 16)]
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3
+
+
+def test_trainer_samples_by_effective_batch_and_its_own_epoch(scripts, tokenizer, tiny, uneven, tmp_path):
+    c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny, GRADIENT_ACCUMULATION_STEPS=3, SEED=5)
+    trainer = training.ExactTrainer(
+        model=scripts[SCRIPTS[2]].build_model(c),
+        args=args,
+        train_dataset=uneven,
+        eval_dataset=uneven,
+        processing_class=tokenizer,
+    )
+    for epoch in (0, 1, 1.5):
+        trainer.state.epoch = epoch
+        expected = order(uneven["length"], 6, 5, int(epoch))
+        batches = [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
+        seen = [row for batch in batches for row in batch]
+        padded = [
+            ids[: uneven[i]["length"]] == uneven[i]["input_ids"]
+            for ids, i in zip(seen, expected, strict=True)
+        ]
+        assert all(padded), epoch
+
+
+# --- QLoRA
+
+
+def qlora(scripts: dict, tokenizer, tiny: Path, rows: Dataset, folder: Path, trainer_class, **changed):
+    """A trainer of script 2 over the tiny model in 4 bits, by bitsandbytes on the CPU."""
+    script = scripts[SCRIPTS[1]]
+    c, args = arguments(scripts, SCRIPTS[1], folder, tiny, **changed)
+    model, adapter = script.build_model(c, torch.float32, args.device)
+    data = {"train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
+    return trainer_class(model=model, args=args, peft_config=adapter, **data)
+
+
+def test_qlora_trains_in_fp32(scripts, tokenizer, tiny, uneven, tmp_path):
+    from bitsandbytes.nn import Linear4bit
+    from trl import SFTTrainer
+
+    trainer = qlora(scripts, tokenizer, tiny, uneven, tmp_path, training.ExactTrainer)
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    linear = [module for module in trainer.model.modules() if isinstance(module, Linear4bit)]
+    assert len(linear) == 2 * 6  # q, k, v, dense, fc1, fc2 of two layers
+    assert len(trained) == 2 * len(linear) and all("lora_" in name for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+
+    # TRL alone leaves bf16, in which a small update is lost
+    alone = qlora(scripts, tokenizer, tiny, uneven, tmp_path, SFTTrainer)
+    assert {p.dtype for p in alone.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    updated = torch.ones(1) + 1e-3
+    assert updated.bfloat16() == 1 and updated.float() > 1
+
+
+def test_evaluation_leaves_gradients_as_they_were(scripts, tokenizer, tiny, uneven, tmp_path):
+    """bitsandbytes repacks 4-bit weights at the first evaluation on CPUs with avx512_bf16 (elsewhere this
+    holds by itself): no gradient would come through to the first layer any more."""
+    trainer = qlora(scripts, tokenizer, tiny, uneven, tmp_path, training.ExactTrainer, LORA_DROPOUT=0.0)
+    with torch.no_grad():
+        for name, p in trainer.model.named_parameters():
+            if "lora_B" in name:  # B starts at zero, and A would have no gradient
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.02)
+    batch = trainer.data_collator([uneven[i] for i in range(4)])
+
+    def gradients() -> dict[str, torch.Tensor]:
+        trainer.model.train()
+        trainer.model.zero_grad()
+        trainer.model(**batch).loss.backward()
+        return {
+            name: p.grad.clone()
+            for name, p in trainer.model.named_parameters()
+            if p.requires_grad and ".layers.0." in name
+        }
+
+    before = gradients()
+    assert len(before) == 12 and all(g.abs().max() > 0 for g in before.values())
+    trainer.evaluate()
+    after = gradients()
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+
+
+# --- how much of phi-2 is trained
+
+
+@pytest.fixture(scope="module")
+def phi_2():
+    """microsoft/phi-2's configuration, without its weights."""
+    from transformers import PhiConfig
+
+    return PhiConfig(
+        vocab_size=51200,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=2048,
+        partial_rotary_factor=0.4,
+    )
+
+
+def test_lora_trains_under_one_percent_of_phi_2(phi_2):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    c = constants(SCRIPTS[1])
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=c.LORA_R,
+        lora_alpha=c.LORA_ALPHA,
+        lora_dropout=c.LORA_DROPOUT,
+        target_modules=c.LORA_TARGET_MODULES,
+    )
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForCausalLM.from_config(phi_2), config)
+    trainable, total = model.get_nb_trainable_parameters()
+    # r x (in + out) of each linear layer but the head: q, k, v, dense, fc1 and fc2, 32 times
+    assert trainable == 32 * 16 * (4 * (2560 + 2560) + 2 * (2560 + 10240)) == 23_592_960
+    assert total == 2_779_683_840 + trainable
+    assert trainable / total < 0.01
+    targets = {
+        name.split(".lora_A")[0].rsplit(".", 1)[-1]
+        for name, _ in model.named_parameters()
+        if "lora_A" in name
+    }
+    assert targets == {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}
+
+
+def test_parameter_count(phi_2, tiny):
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    assert training.parameter_count(phi_2) == 2_779_683_840
+    real = AutoModelForCausalLM.from_pretrained(tiny)
+    assert training.parameter_count(AutoConfig.from_pretrained(tiny)) == sum(
+        p.numel() for p in real.parameters()
+    )
+    # a head that is the embedding is counted once
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    tied, free = (LlamaConfig(**shape, tie_word_embeddings=tie) for tie in (True, False))
+    assert training.parameter_count(free) - training.parameter_count(tied) == 512 * 64
+
+
+# --- labels
+
+
+def rows_for(tokenizer, prepared: Path, part="train", limit=None, max_length=1024, fraction=0.2) -> Dataset:
+    return training.token_rows(str(prepared / "data"), part, limit, tokenizer, max_length, fraction)
+
+
+def test_labels_are_masked_by_position(tokenizer, prepared):
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id  # else the test below could not fail
+    rows, source = rows_for(tokenizer, prepared), files.load_split(prepared / "data", "train")
+    assert len(rows) == len(source)
+    for row, original in zip(rows, source, strict=True):
+        ids, labels = row["input_ids"], row["labels"]
+        assert row["length"] == len(ids) == len(labels)
+        prompt = tokenizer.apply_chat_template(original["prompt"], tokenize=False, add_generation_prompt=True)
+        context = tokenizer(prompt, add_special_tokens=False).input_ids
+        n = len(context)
+        assert ids[:n] == context and labels[:n] == [-100] * n and labels[n:] == ids[n:]
+        # the answer, then the token that ends it, once
+        assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[n:-1]
+        assert tokenizer.decode(ids[n:-1]).startswith(original["completion"][0]["content"])
+
+
+def test_end_token_is_trained_although_it_pads(scripts, tokenizer, tiny, prepared, tmp_path):
+    rows = rows_for(tokenizer, prepared, limit=8)
+    c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny)
+    trainer = training.ExactTrainer(
+        model=scripts[SCRIPTS[2]].build_model(c),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+    )
+    batch = trainer.data_collator([rows[i] for i in range(8)])
+    assert batch["input_ids"].shape[1] == max(rows["length"]) > min(rows["length"])
+    for i, row in enumerate(rows):
+        n = row["length"]
+        assert batch["labels"][i, :n].tolist() == row["labels"]
+        assert batch["labels"][i, n - 1] == tokenizer.eos_token_id
+        assert (batch["labels"][i, n:] == -100).all() and (batch["attention_mask"][i, n:] == 0).all()
+        assert (batch["attention_mask"][i, :n] == 1).all()  # a mask made from pad ids would hide the end
+    # and the loss counts exactly these tokens
+    scored = sum(sum(label != -100 for label in row["labels"]) for row in rows)
+    _, _, tokens = trainer.prediction_step(trainer.model, batch, False)
+    assert tokens.sum() == scored
+
+
+def test_rows_that_do_not_fit_are_dropped_and_counted(tokenizer, prepared, capsys):
+    everything = rows_for(tokenizer, prepared)
+    longest = max(everything["length"])
+    gone = sum(n == longest for n in everything["length"])
+    capsys.readouterr()
+    fitting = rows_for(tokenizer, prepared, max_length=longest - 1)
+    assert f"rows: {gone} of 128 are longer than MAX_LENGTH={longest - 1} tokens" in capsys.readouterr().out
+    # dropped, not cut: the others are what they were, up to and with their last token
+    assert fitting["input_ids"] == [ids for ids in everything["input_ids"] if len(ids) < longest]
+    assert fitting["labels"] == [r["labels"] for r in everything if r["length"] < longest]
+    assert len(rows_for(tokenizer, prepared, max_length=longest)) == 128  # the bound itself fits
+
+
+def test_too_many_rows_that_do_not_fit_end_the_run(tokenizer, prepared, capsys):
+    lengths = sorted(rows_for(tokenizer, prepared)["length"])
+    limit = lengths[64]
+    gone = sum(n > limit for n in lengths)
+    with pytest.raises(SystemExit) as stop:
+        rows_for(tokenizer, prepared, max_length=limit)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and f"error: {gone} of 128 rows are longer than MAX_LENGTH={limit}" in said
+    assert f"--max_length {lengths[-1]}" in said
+    assert len(rows_for(tokenizer, prepared, max_length=limit, fraction=gone / 128)) == 128 - gone
+    with pytest.raises(SystemExit):  # nothing left is an error whatever is allowed
+        rows_for(tokenizer, prepared, max_length=lengths[0] - 1, fraction=1.0)
+
+
+def test_validation_never_sees_the_test_part(tokenizer, prepared):
+    source = files.load_split(prepared / "data", "eval")
+    assert set(source["part"]) == {"validation", "test"}
+    wanted = [row for row in source if row["part"] == "validation"]
+    expected = [sum(files.encode(tokenizer, row["prompt"], row["completion"]), []) for row in wanted]
+    assert rows_for(tokenizer, prepared, "validation")["input_ids"] == expected
+    assert rows_for(tokenizer, prepared, "validation", limit=3)["input_ids"] == expected[:3]
+
+
+# --- settings and machine
+
+
+def problems(script: str = SCRIPTS[1], **changed) -> list[str]:
+    return training.settings_problems(vars(constants(script, **changed)))
+
+
+def test_defaults_have_no_problems():
+    assert problems() == problems(SCRIPTS[2]) == []
+    assert problems(EVAL_STEPS=2.0, SAVE_STEPS=6.0) == problems(MAX_STEPS=1, LORA_R=1) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"BATCH_SIZE": 0}, "--batch_size 1"),
+        ({"GRADIENT_ACCUMULATION_STEPS": 0}, "GRADIENT_ACCUMULATION_STEPS is 0"),
+        ({"LORA_R": -1}, "LORA_R is -1"),
+        ({"LEARNING_RATE": 0.0}, "LEARNING_RATE is 0.0"),
+        ({"NUM_EPOCHS": -1.0}, "NUM_EPOCHS is -1.0"),
+        ({"WARMUP_RATIO": 100.0}, "WARMUP_RATIO is 100.0"),
+        ({"MAX_TRAIN_SAMPLES": 0}, "--max_train_samples none"),
+        ({"MAX_STEPS": -1}, "--max_steps none"),
+        ({"EVAL_STEPS": 2.5, "SAVE_STEPS": 5.0}, "EVAL_STEPS is 2.5"),
+        ({"EVAL_STEPS": 4.0, "SAVE_STEPS": 6.0}, "--save_steps 4.0"),
+        ({"EVAL_STEPS": 0.1, "SAVE_STEPS": 10.0}, "must be a multiple of EVAL_STEPS"),
+        ({"EVAL_STEPS": 10.0, "SAVE_STEPS": 5.0}, "must be a multiple of EVAL_STEPS"),
+        ({"PRECISION": "bf8"}, "choose auto, bf16, fp16 or fp32"),
+        ({"LR_SCHEDULER": "cosin"}, "cosine"),
+        ({"OPTIM": "adam"}, "adamw_torch"),
+        ({"LORA_DROPOUT": 1.5}, "LORA_DROPOUT is 1.5"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_are_refused(changed, said):
+    found = problems(**changed)
+    assert len(found) == 1 and said in found[0]
+
+
+def test_settings_problems_come_together():
+    assert len(problems(BATCH_SIZE=0, LEARNING_RATE=-1.0, PRECISION="x")) == 3
+
+
+def test_4bit_with_zero_3_is_refused(monkeypatch):
+    assert problems() == []
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    (found,) = problems()
+    assert "ZeRO-3 cannot split a 4-bit base" in found
+    assert "--zero_stage 2" in found and "--use_4bit false" in found
+    assert problems(USE_4BIT=False) == problems(SCRIPTS[2]) == []
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    assert problems() == []
+
+
+def test_deepspeed_config_is_looked_at(tmp_path, monkeypatch):
+    assert problems(SCRIPTS[2], USE_DEEPSPEED=True) == []
+    (found,) = problems(SCRIPTS[2], USE_DEEPSPEED=True, DEEPSPEED_CONFIG="configs/ds_typo.json")
+    assert "'configs/ds_typo.json' is missing" in found and "configs/ds_config.json" in found
+    assert problems(SCRIPTS[2], DEEPSPEED_CONFIG="configs/ds_typo.json") == []  # not used, so not looked at
+    broken = tmp_path / "ds.json"
+    broken.write_text('{"zero_optimization": {"stage": 2,}}')
+    (found,) = problems(SCRIPTS[2], USE_DEEPSPEED=True, DEEPSPEED_CONFIG=str(broken))
+    assert "ds.json" in found and "JSON" in found
+    (found,) = problems(SCRIPTS[2], USE_DEEPSPEED=True, DEEPSPEED_CONFIG=str(tmp_path))  # a folder
+    assert str(tmp_path) in found
+    monkeypatch.setenv("PATH", str(tmp_path))  # a machine without the CUDA toolkit
+    offload = {"USE_DEEPSPEED": True, "DEEPSPEED_CONFIG": "configs/ds_config_offload.json"}
+    (found,) = problems(SCRIPTS[2], **offload)
+    assert "nvcc is not there" in found
+    nvcc = write_rows(tmp_path / "nvcc", [])
+    nvcc.chmod(0o755)
+    assert problems(SCRIPTS[2], **offload) == []
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def smi(folder: Path, script: str) -> None:
+    """An executable `nvidia-smi` that runs a shell script: no test machine has a GPU that torch misses."""
+    path = folder / "nvidia-smi"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_a_gpu_that_torch_does_not_see_is_named(without_gpu, monkeypatch, tmp_path):
+    smi(tmp_path, 'echo "GPU 0: NVIDIA H200 (UUID: GPU-1234)"')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (found,) = training.machine_problems()
+    assert "GPU 0: NVIDIA H200" in found and torch.__version__ in found
+    assert "install a CUDA build" in found and "CUDA_VISIBLE_DEVICES=" in found
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (found,) = training.machine_problems()
+    assert "driver is too old for its CUDA 13.0" in found
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert training.machine_problems() == []
+
+
+@pytest.mark.parametrize("script", ["echo 'No devices were found'", "echo 'GPU 0: lost'; exit 9", None])
+def test_a_machine_without_a_gpu_is_fine(without_gpu, monkeypatch, tmp_path, script):
+    if script:
+        smi(tmp_path, script)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if script else str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert training.machine_problems() == []
+
+
+def test_two_gpus_under_plain_python_name_both_commands(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("sys.argv", ["2_lora_finetuning.py", "--num_epochs", "1"])
+    monkeypatch.delenv("RANK", raising=False)
+    (found,) = training.machine_problems()
+    assert "CUDA_VISIBLE_DEVICES=0 python 2_lora_finetuning.py" in found
+    assert "accelerate launch --num_processes 2 2_lora_finetuning.py" in found
+    monkeypatch.setenv("RANK", "0")  # a launcher started it
+    assert training.machine_problems() == []
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert training.machine_problems() == []
+
+
+def test_precision_is_what_the_hardware_has(monkeypatch):
+    assert training.precision("fp16")[0] == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert training.precision("auto")[0] == (torch.bfloat16 if has else torch.float32)
+    # an older GPU emulates bf16, and torch says that it supports it unless asked
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert training.precision("auto")[0] == torch.float16
+
+
+# --- resume
+
+
+SETTINGS = {"LEARNING_RATE": 2e-4, "BATCH_SIZE": 4, "LOGGING_STEPS": 10, "RESUME": "auto"}
+
+
+@pytest.fixture
+def unfinished(tmp_path) -> Path:
+    """A folder as a killed run leaves it: two checkpoints, a third cut off while it was written, a log."""
+    for step in (8, 16):
+        files.write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", {"global_step": step})
+    (tmp_path / "checkpoint-24").mkdir()
+    (tmp_path / "checkpoint-24" / "adapter_model.safetensors").write_bytes(b"half of it")
+    (tmp_path / "checkpoint-32").mkdir()
+    (tmp_path / "checkpoint-32" / "trainer_state.json").write_text('{"global_st')
+    (tmp_path / "runs").mkdir()
+    write_log(tmp_path)
+    return tmp_path
+
+
+def write_log(folder: Path, status: str = "running", manifest: str = "abc", **settings) -> None:
+    log = {"settings": {**SETTINGS, **settings}, "data": {"manifest_sha256": manifest}}
+    files.write_json(folder / "training_log.json", {**log, "summary": {"status": status}})
+
+
+def point(folder: Path, resume: bool | str = "auto", **settings) -> str | None:
+    return training.resume_point(str(folder), resume, {**SETTINGS, **settings}, "abc")
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+def test_an_unfinished_run_goes_on_from_its_last_whole_checkpoint(unfinished, capsys, status):
+    write_log(unfinished, status)
+    for resume in ("auto", True):
+        assert point(unfinished, resume) == str(unfinished / "checkpoint-16")
+    assert f"resuming from {unfinished / 'checkpoint-16'}" in capsys.readouterr().out
+    assert (unfinished / "checkpoint-8").exists() and (unfinished / "runs").exists()
+
+
+def test_checkpoints_are_ordered_by_their_number(unfinished):
+    files.write_json(unfinished / "checkpoint-128" / "trainer_state.json", {"global_step": 128})
+    assert point(unfinished) == str(unfinished / "checkpoint-128")  # "checkpoint-8" is last by its name
+
+
+def test_settings_that_do_not_change_the_run_may_differ(unfinished):
+    assert point(unfinished, LOGGING_STEPS=1, RESUME=True).endswith("checkpoint-16")
+    assert point(unfinished, A_NEW_SETTING=1).endswith("checkpoint-16")  # the older version did not have it
+
+
+@pytest.mark.parametrize(
+    ("logged", "now", "why"),
+    [
+        ({}, {"LEARNING_RATE": 1e-4}, "LEARNING_RATE was 0.0002 and is 0.0001"),
+        ({"manifest": "other"}, {}, "the data were prepared anew"),
+        ({"status": "done"}, {}, "it is finished"),
+        (None, {}, "its training_log.json is missing"),
+    ],
+)
+def test_another_run_starts_afresh_and_says_why(unfinished, capsys, logged, now, why):
+    if logged is None:
+        (unfinished / "training_log.json").unlink()
+    else:
+        write_log(unfinished, **logged)
+    if logged != {"status": "done"}:  # a finished run may be asked to go on: it then has nothing left to do
+        with pytest.raises(SystemExit) as stop:
+            point(unfinished, True, **now)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and why in said and "--resume false" in said
+        assert (unfinished / "checkpoint-16").exists()
+    assert point(unfinished, **now) is None
+    assert f"is not continued: {why}" in capsys.readouterr().out
+    # what the older run left would be mixed into the new one
+    assert not list(unfinished.glob("checkpoint-*")) and not (unfinished / "runs").exists()
+
+
+def test_resume_false_starts_afresh(unfinished):
+    assert point(unfinished, False) is None
+    assert not list(unfinished.glob("checkpoint-*"))
+
+
+def test_resume_true_needs_a_checkpoint(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        point(tmp_path, True)
+    assert stop.value.code == 2 and "there is no checkpoint" in capsys.readouterr().err
+    assert point(tmp_path) is None
+
+
+def test_only_the_main_process_removes(unfinished, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert point(unfinished, False) is None
+    assert (unfinished / "checkpoint-16").exists()
+
+
+# --- the log
+
+
+def test_a_nan_ends_the_run_and_stays_readable(tiny, tmp_path):
+    """NaN is no JSON: it is written as text, and the run stops at the step that showed it."""
+    from transformers import AutoConfig, TrainerControl, TrainerState, TrainingArguments
+
+    manifest = {"manifest_sha256": "abc", "source": "rows.jsonl"}
+    settings = {**SETTINGS, "MODEL_NAME": str(tiny), "OUTPUT_DIR": str(tmp_path)}
+    rows = {"train_rows": 1, "eval_rows": 1}
+    log = training.RunLog("lora", settings, manifest, rows, AutoConfig.from_pretrained(tiny), None)
+    state = TrainerState(is_world_process_zero=True, global_step=3, best_model_checkpoint="out/checkpoint-2")
+    state.log_history = [{"loss": 2.0, "step": 2}, {"loss": math.nan, "step": 3}]
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(
+        FloatingPointError, match="loss is nan at step 3; last good checkpoint: out/checkpoint-2"
+    ):
+        log.on_log(arguments, state, TrainerControl(), logs=state.log_history[-1])
+    written = json.loads((tmp_path / "training_log.json").read_text())
+    assert written["summary"]["status"] == "failed"
+    assert written["summary"]["train_loss"] == 2.0
+    assert [record["loss"] for record in written["history"]] == [2.0, "nan"]
+
+
+# --- refused before anything is trained
+
+
+def test_data_that_are_not_there_name_step_1(tiny, tmp_path):
+    result = run(SCRIPTS[1], "--model_name", tiny, cwd=tmp_path)
+    (error,) = refused(result, "data/manifest.json is missing", "python 1_prepare_dataset.py")
+    assert "data is empty" in error
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_all_problems_come_at_once(tmp_path):
+    (tmp_path / "model").mkdir()
+    result = run(SCRIPTS[2], "--model_name", "model", "--batch_size", "0", cwd=tmp_path)
+    errors = refused(result, "MODEL_NAME 'model' is not a model folder", "config.json is missing")
+    assert len(errors) == 2 and "BATCH_SIZE is 0" in errors[0]
+
+
+def test_max_length_beyond_the_models_positions_is_refused(tiny, prepared):
+    result = run(
+        SCRIPTS[1], "--model_name", tiny, "--max_length", "4096", "--output_dir", "out", cwd=prepared
+    )
+    refused(result, "MAX_LENGTH is 4096", "has only 2048 positions: --max_length 2048")
