@@ -125,13 +125,10 @@ def fairness(
         if number:
             found.append(f"{number} answers of {name} were cut at MAX_NEW_TOKENS={settings.MAX_NEW_TOKENS}")
     for name, log in logs.items():
-        total = max(
-            round(
-                log["summary"]["steps"] / max(log["summary"]["epochs"], 1e-9) * log["settings"]["NUM_EPOCHS"]
-            ),
-            1,
-        )
-        if log["summary"]["steps"] <= math.ceil(total * log["settings"]["WARMUP_RATIO"]):
+        steps, epochs, asked = log["summary"]["steps"], log["summary"]["epochs"], log["settings"]
+        # MAX_STEPS shortens the schedule, and its warm-up with it
+        planned = asked["MAX_STEPS"] or max(round(steps / max(epochs, 1e-9) * asked["NUM_EPOCHS"]), 1)
+        if steps <= math.ceil(planned * asked["WARMUP_RATIO"]):
             found.append(f"{name} never left its warm-up ({log['summary']['steps']} steps)")
     if len(logs) == 2:
         a, b = (logs[name]["settings"] for name in ("lora", "full"))
@@ -323,7 +320,7 @@ def style_match(text: str, reference: str) -> float:
 
     def features(s: str) -> tuple[float, float, float, np.ndarray]:
         words = Words().tokenize(s)
-        sentences = [x for x in re.split(r"[.!?\u3002\uff01\uff1f]+(?:\s|$)", s) if x.strip()]
+        sentences = [x for x in re.split(r"[.!?]+(?:\s|$)|[\u3002\uff01\uff1f]+", s) if x.strip()]
         lines = [line for line in s.splitlines() if line.strip()]
         marked = sum(bool(re.match(r"\s*([-*#>|]|\d+[.)]\s)|.*\*\*", line)) for line in lines)
         counts = Counter(words)
@@ -396,7 +393,12 @@ def compare(
         samples.append((drawn @ difference) / (drawn @ weights))
         signs = random.integers(0, 2, (n, len(index))) * 2 - 1
         as_large += (np.abs(signs @ difference) >= abs(difference.sum()) * (1 - 1e-12)).sum()
-    low, high = np.percentile(np.concatenate(samples), [2.5, 97.5])
+    # The bootstrap's spread is too small by sqrt((n - 1) / n) and has no Student's tails: wider
+    # percentiles make up for both (Hesterberg 2015); t by its expansion in 1 / (n - 1).
+    z, free = 1.959964, max(len(index) - 1, 1)
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    tail = 50 * math.erfc(t * math.sqrt((free + 1) / free / 2))
+    low, high = np.percentile(np.concatenate(samples), [tail, 100 - tail])
     return {
         "difference": float(observed),
         "ci95": [float(low), float(high)],
@@ -485,7 +487,7 @@ def cell(text: object) -> str:
     """Text of data or models as one harmless table cell: no markup, no line break, no column."""
     short = " ".join(str(text).split())
     short = short if len(short) <= 600 else short[:600] + " ..."
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~$-])", lambda m: f"&#{ord(m[0])};", short.replace("&", "&amp;"))
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~$\"-])", lambda m: f"&#{ord(m[0])};", short.replace("&", "&amp;"))
 
 
 def write_report(results: dict, examples: list[dict], images: list[str], folder: Path) -> None:
@@ -625,7 +627,11 @@ def general_text(name: str | None) -> list[str]:
     path = files.local_path(name)
     if path is None or not path.is_file():
         fail(f"GENERAL_TEXT {name!r}: there is no such file; give a text file, or none: --general_text none")
-    return [p.strip() for p in path.read_text(encoding="utf-8").split("\n\n") if p.strip()][:200]
+    try:
+        found = [p.strip() for p in path.read_text(encoding="utf-8-sig").split("\n\n") if p.strip()][:200]
+    except UnicodeDecodeError as error:
+        fail(f"GENERAL_TEXT {name!r} is not UTF-8 text ({error.reason}); give one, or: --general_text none")
+    return found or fail(f"GENERAL_TEXT {name!r} is empty; give a text file, or none: --general_text none")
 
 
 def main() -> None:
@@ -636,6 +642,8 @@ def main() -> None:
     for name in ("MAX_NEW_TOKENS", "BATCH_TOKENS", "GENERATION_BATCH", "MAX_EVAL_SAMPLES"):
         if getattr(c, name) is not None and getattr(c, name) < 1:
             problems.append(f"{name} is {getattr(c, name)}; it must be at least 1: --{name.lower()} 16")
+    if PRECISION not in ("auto", "bf16", "fp16", "fp32"):
+        problems.append(f"PRECISION is {PRECISION!r}; choose auto, bf16, fp16 or fp32")
     if RESAMPLES < 2000:
         problems.append(f"RESAMPLES is {RESAMPLES}; an interval from fewer than 2000 is not worth reporting")
     if problems:

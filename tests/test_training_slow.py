@@ -1,4 +1,4 @@
-"""The two trainings as users run them: two processes, DeepSpeed, killed and interrupted runs, what they leave."""
+"""The trainings as users run them: two processes, DeepSpeed, killed and interrupted runs, what is left."""
 
 import hashlib
 import json
@@ -183,7 +183,7 @@ def test_sigterm_saves_and_a_second_run_is_refused_meanwhile(fresh, uninterrupte
 
 @pytest.fixture(scope="module")
 def full_run(fresh) -> tuple[Path, int, str, dict]:
-    """Where script 3 was interrupted by Ctrl-C and then came to its end, and (exit code, output, log) between."""
+    """Where script 3 came to its end after a Ctrl-C; its exit code, output and log at the Ctrl-C."""
     work = fresh()
     with Running(FULL, FULL_LONG, work) as running:
         running.wait_for(3)
@@ -294,7 +294,8 @@ kind, folder = sys.argv[1:]
 model = (AutoPeftModelForCausalLM if kind == "lora" else AutoModelForCausalLM).from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 assert "configs" not in sys.modules
-text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False)
+chat = [{"role": "user", "content": "hi"}]
+text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
 out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
 base = model.get_base_model() if kind == "lora" else model
