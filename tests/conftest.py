@@ -82,8 +82,8 @@ def write_rows(path: Path, rows: list) -> Path:
 
 # Flags that make a training of the tiny model short and exact on any CPU.
 SHORT = (
-    "--precision fp32 --gradient_checkpointing false --logging_steps 1 --eval_steps 2 --save_steps 2 --batch_size 2 "
-    "--gradient_accumulation_steps 2 --max_steps 4 --warmup_ratio 0.1"
+    "--precision fp32 --gradient_checkpointing false --logging_steps 1 --eval_steps 2 --save_steps 2 "
+    "--batch_size 2 --gradient_accumulation_steps 2 --max_steps 4 --warmup_ratio 0.1"
 ).split()
 
 
