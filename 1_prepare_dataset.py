@@ -16,6 +16,7 @@ import csv
 import hashlib
 import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -54,6 +55,7 @@ if __name__ == "__main__":
     files.go_online(DATASET_NAME, MODEL_NAME)  # first, because the libraries read its answer when they load
 
 import datasets
+import jinja2
 from tqdm.auto import tqdm
 
 ROLES = {
@@ -126,9 +128,11 @@ def read_rows(
         try:
             rows.extend(read_file(file, unreadable))
         except UnicodeDecodeError as error:
-            line = file.read_bytes()[: error.start].count(b"\n") + 1
+            # the error's own place counts from the last block read, or from behind the byte order mark
+            lines = enumerate(file.read_bytes().split(b"\n"), 1)
+            number = next(n for n, line in lines if line.decode(errors="replace").encode() != line)
             fail(
-                f"{file}, line {line}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f latin1 -t "
+                f"{file}, line {number}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f latin1 -t "
                 f"utf-8 {file}"
             )
         except (OSError, ValueError) as error:
@@ -148,17 +152,21 @@ def read_file(path: Path, unreadable: collections.Counter) -> Iterator[object]:
             yield from csv.DictReader(file)
     else:
         text = path.read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
+        content = None
+        try:
             content = json.loads(text, strict=False)
+        except ValueError:
+            if path.suffix == ".json" and not looks_like_lines(text):
+                raise
+        if isinstance(content, list):
             yield from content
         elif path.suffix == ".json" and not looks_like_lines(text):
-            content = json.loads(
-                text, strict=False
-            )  # an object: the rows are its one list, e.g. {"data": [...]}
-            lists = [value for value in content.values() if isinstance(value, list)]
+            # an object: the rows are its one list, e.g. {"data": [...]}
+            values = content.values() if isinstance(content, dict) else ()
+            lists = [value for value in values if isinstance(value, list)]
             if len(lists) != 1:
                 raise ValueError(
-                    "the file holds one object; a list of rows, or an object with one such list, is needed"
+                    "the file holds one value; a list of rows, or an object with one such list, is needed"
                 )
             yield from lists[0]
         else:
@@ -172,12 +180,19 @@ def read_file(path: Path, unreadable: collections.Counter) -> Iterator[object]:
                     files.say(f"note: {path}, line {number} is not JSON and is left out: {line[:60]!r}")
 
 
+TURNS = ("messages", "conversations", "prompt", "completion")  # columns that are lists of objects themselves
+
+
 def looks_like_lines(text: str) -> bool:
-    """True for JSON Lines under the name .json: the first line is a whole object."""
+    """True for JSON Lines under the name .json: the first line is a whole row."""
     try:
-        return isinstance(json.loads(text.lstrip().split("\n", 1)[0], strict=False), dict)
+        first = json.loads(text.lstrip().split("\n", 1)[0], strict=False)
     except ValueError:
         return False
+    # an object around the rows may stand on one line, too: {"data": [{...}, {...}]}
+    lists = [v for k, v in first.items() if k not in TURNS] if isinstance(first, dict) else []
+    around = any(isinstance(v, list) and v and all(isinstance(row, dict) for row in v) for v in lists)
+    return isinstance(first, dict) and not (around and "\n" not in text.strip())
 
 
 # --- schema
@@ -224,7 +239,10 @@ def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, st
         return "COLUMN_MAP", column_map
     for name, wanted in SCHEMAS:
         if all(column in columns for ours, column in wanted.items() if ours in NEEDED):
-            return name, {ours: column for ours, column in wanted.items() if column in columns}
+            schema = {ours: column for ours, column in wanted.items() if column in columns}
+            if "context" in columns and not {"input", "messages"} & set(schema):
+                schema["input"] = "context"  # databricks-dolly-15k: instruction, context, response
+            return name, schema
     known = "; ".join(dict.fromkeys(" + ".join(c for o, c in w.items() if o in NEEDED) for _, w in SCHEMAS))
     first, last = (columns + ["?", "?"])[0], (columns or ["?"])[-1]
     fail(
@@ -238,6 +256,10 @@ def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, st
 
 class BadRow(Exception):
     """A row that cannot be learned from; its text is the reason, as counted in the manifest."""
+
+
+class BadFunction(Exception):
+    """What format_to_chatml returned is of no use; its text says why."""
 
 
 def normalise(row: object, schema: dict[str, str]) -> dict:
@@ -281,7 +303,7 @@ def normalise_messages(messages: object) -> list[dict]:
                 part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
                 for part in content
             ]
-            content = None if None in parts else "".join(parts)
+            content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
         if role is None or message.get("tool_calls"):
             raise BadRow("role or tool call that cannot be used")
         if not isinstance(content, str):
@@ -289,6 +311,8 @@ def normalise_messages(messages: object) -> list[dict]:
         result.append({"role": role, "content": content})
     while result and result[-1]["role"] != "assistant":  # what follows the last answer has nothing to teach
         result.pop()
+    if not result:
+        raise BadRow("missing answer")
     return result
 
 
@@ -296,8 +320,7 @@ def to_conversation(example: dict, formatted: object) -> tuple[list[dict], list[
     """(prompt, completion) as messages from whatever format_to_chatml returned. Raises BadRow for an unusable
     row.
 
-    A string that does not hold the answer is the user's mistake in the function: it ends the run with a
-    sentence.
+    Raises BadFunction for a string that does not end with the answer: that is a mistake in the function.
     """
     if isinstance(formatted, str):
         return split_text(formatted, example.get("output"))
@@ -311,24 +334,33 @@ def to_conversation(example: dict, formatted: object) -> tuple[list[dict], list[
             completion = [{"role": "assistant", "content": completion}]
         formatted = normalise_messages(list(prompt) + list(completion))
     if not isinstance(formatted, list):
-        fail(
+        raise BadFunction(
             f"format_to_chatml returned {type(formatted).__name__}; it must return messages, prompt and "
             f"completion, "
             "or one string that ends with the answer"
         )
     messages = normalise_messages(formatted)
-    if len(messages) < 2 or messages[-2]["role"] == "assistant":
+    if len(messages) < 2 or messages[-2]["role"] != "user":
         raise BadRow("no question in front of an answer")
     return messages[:-1], messages[-1:]
+
+
+ENDS = r"<\|im_end\|>|<\|endoftext\|>|</s>|<\|eot_id\|>"
+# What a string is taken apart by; a row that holds it itself could pose as another turn.
+STRING_MARKS = ("<|im_start|>", "<|im_end|>", "### Instruction:", "### Input:", "### Response:")
+STRING_MARKS += ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
 def split_text(text: str, answer: object) -> tuple[list[dict], list[dict]]:
     """Split one rendered string in front of its answer; the turns of the common templates become messages
     again."""
-    at = text.rfind(answer) if isinstance(answer, str) and answer else -1
-    tail = text[at + len(answer) :] if at >= 0 else ""
-    if at < 0 or re.sub(r"<\|im_end\|>|<\|endoftext\|>|</s>|<\|eot_id\|>", "", tail).strip():
-        fail(
+    answer = answer.strip() if isinstance(answer, str) else ""  # functions like to strip, too
+    at = text.rfind(answer) if answer else -1
+    # "s" is also in "</s>": the answer is the last one that has nothing but end tokens behind it
+    while at >= 0 and re.sub(ENDS, "", text[at + len(answer) :]).strip():
+        at = text.rfind(answer, 0, at + len(answer) - 1)
+    if at < 0:
+        raise BadFunction(
             f"format_to_chatml returned a string that does not end with the row's answer "
             f"{str(answer)[:60]!r}, so the loss "
             "could not be kept on the answer; end it with the `output` column, or return messages"
@@ -357,7 +389,7 @@ def check(prompt: list[dict], completion: list[dict], marks: list[str]) -> None:
     answer, text = completion[0]["content"], "\n".join(m["content"] for m in prompt)
     if not answer.strip():
         raise BadRow("empty answer")
-    if not text.strip():
+    if not text.strip() or not prompt[-1]["content"].strip():
         raise BadRow("empty prompt")
     if prompt[-1]["content"].strip() == answer.strip():
         raise BadRow("prompt equal to answer")
@@ -366,6 +398,10 @@ def check(prompt: list[dict], completion: list[dict], marks: list[str]) -> None:
             raise BadRow("NUL character")
         if any(mark in content for mark in marks):
             raise BadRow("template marker or special token in the text")
+        try:
+            content.encode()
+        except UnicodeEncodeError:  # JSON may hold half of a pair, "\\ud83d"; no file can
+            raise BadRow("half a surrogate pair") from None
 
 
 # --- all rows
@@ -378,18 +414,29 @@ def convert(
     reason."""
     kept, dropped, seen = [], collections.Counter(), set()
     marks = files.markers(tokenizer)
-    for row in tqdm(rows, desc="checking", unit=" rows"):
+    bar = tqdm(rows, desc="checking", unit=" rows")
+    for row in bar:
         try:
             example = normalise(row, schema)
-            prompt, completion = to_conversation(example, format_to_chatml(example))
+            texts = [example[name] for name in schema if isinstance(example[name], str)]
+            formatted = format_to_chatml(example)
+            if isinstance(formatted, str) and any(mark in text for mark in STRING_MARKS for text in texts):
+                raise BadRow("template marker or special token in the text")
+            prompt, completion = to_conversation(example, formatted)
             check(prompt, completion, marks)
             identity = files.rows_hash([{"prompt": prompt, "completion": completion}])[:16]
             if identity in seen:
                 raise BadRow("exact duplicate")
-            # a token is at least one byte, so a short row need not be tokenised (64: the template's own text)
-            size = sum(len(m["content"].encode()) + 64 for m in prompt + completion)
+            try:
+                size = len("".join(files.render(tokenizer, prompt, completion)).encode())
+            except (ValueError, jinja2.TemplateError) as error:  # e.g. Gemma's: no system turn
+                raise BadRow("conversation that the chat template cannot render") from error
+            # a token is at least one byte, so a short row need not be tokenised
             if size > max_length and sum(map(len, files.encode(tokenizer, prompt, completion))) > max_length:
                 raise BadRow(f"longer than {max_length} tokens")
+        except BadFunction as mistake:
+            bar.close()  # or the sentence would stand behind the bar, on its line
+            fail(mistake)
         except BadRow as reason:
             dropped[str(reason)] += 1
             continue
@@ -438,6 +485,8 @@ def save(data_dir: str, train: list[dict], held_out: list[dict], prompts: list[d
     message = {"role": datasets.Value("string"), "content": datasets.Value("string")}
     columns = {"id": datasets.Value("string"), "prompt": [message], "completion": [message]}
     folder = Path(data_dir)
+    for left in folder.glob(".new-*"):  # by a run that was killed; nobody else writes while we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as staged:
         new = Path(staged)
         for name, rows, extra in (

@@ -287,10 +287,9 @@ def hub_errors(kind: str, name: str, flag: str):
             chain.append(seen)
             seen = seen.__cause__ or seen.__context__
         types = {type(e).__name__ for e in chain}
-        text = " ".join(str(e) for e in chain)
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         page = f"{endpoint}/{'datasets/' if kind != 'model' else ''}{name}"
-        if "GatedRepoError" in types or "gated repo" in text:
+        if "GatedRepoError" in types:
             fail(f"{kind} {name!r} is gated: accept its terms at {page}, then run `hf auth login`")
         if (
             "RepositoryNotFoundError" in types

@@ -6,6 +6,7 @@ model, the LoRA configuration, the SFTConfig, the order of things) stands in the
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -23,9 +24,10 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Sampler
-from transformers import AutoConfig, EvalPrediction, TrainerCallback
+from transformers import AutoConfig, EvalPrediction, SchedulerType, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
+from transformers.training_args import OptimizerNames
 from trl import SFTTrainer
 
 from configs import files
@@ -62,8 +64,10 @@ class LengthGroupedSampler(Sampler[int]):
         order = random.permutation(len(self.lengths))
         pool = self.group_size * self.GROUPS_PER_POOL
         groups = []
-        for start in range(0, len(order), pool):
-            rows = order[start : start + pool]
+        # what is left over joins the last pool: in a pool of its own it could hide the longest row in the
+        # short group
+        pools = max(len(order) // pool, 1)
+        for rows in np.split(order, [pool * i for i in range(1, pools)]):
             rows = rows[np.argsort(-self.lengths[rows], kind="stable")]
             groups += [rows[i : i + self.group_size] for i in range(0, len(rows), self.group_size)]
         # only the very last group may be short: anywhere else it would shift all later groups across the
@@ -98,7 +102,15 @@ class ExactTrainer(SFTTrainer):
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, compute_metrics=token_exact, **kwargs)
+        try:
+            super().__init__(*args, compute_metrics=token_exact, **kwargs)
+        except ValueError as error:  # PEFT names the layers that it looked for, after the model has loaded
+            if "arget modules" not in str(error):
+                raise
+            fail(
+                f"LORA_TARGET_MODULES fits no layer of this model: {' '.join(str(error).split())[:300]}; "
+                "adapt every linear layer with: --lora_target_modules all-linear"
+            )
         # TRL casts QLoRA's trainable weights to bf16, where an update below 1/256 of a weight vanishes and
         # which fp16's GradScaler refuses; in fp32 they cost next to nothing. (Full fine-tuning chooses its
         # dtype when it loads.)
@@ -206,6 +218,16 @@ def settings_problems(settings: dict) -> list[str]:
         )
     if settings["PRECISION"] not in ("auto", "bf16", "fp16", "fp32"):
         found.append(f"PRECISION is {settings['PRECISION']!r}; choose auto, bf16, fp16 or fp32")
+    for name, kinds in (("LR_SCHEDULER", SchedulerType), ("OPTIM", OptimizerNames)):
+        known = [kind.value for kind in kinds]
+        if settings[name] not in known:
+            found.append(f"{name} is {settings[name]!r}; choose one of: {', '.join(known)}")
+    if not 0 <= settings.get("LORA_DROPOUT", 0) < 1:
+        found.append(f"LORA_DROPOUT is {settings['LORA_DROPOUT']}; it is a share: --lora_dropout 0.05")
+    for tracker in settings["REPORT_TO"].replace(" ", "").split(","):
+        module = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}.get(tracker, "torch")
+        if importlib.util.find_spec(module) is None:
+            found.append(f"REPORT_TO is {tracker!r}, which is not installed: pip install {module}")
     zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     if settings.get("USE_4BIT") and zero3:
         found.append(
@@ -213,12 +235,19 @@ def settings_problems(settings: dict) -> list[str]:
             "--use_4bit false"
         )
     if settings.get("USE_DEEPSPEED"):
-        path = files.local_path(settings["DEEPSPEED_CONFIG"])
-        if path is None:
+        path, text = files.local_path(settings["DEEPSPEED_CONFIG"]), None
+        if path is None or not path.is_file():
             found.append(
-                f"DEEPSPEED_CONFIG {settings['DEEPSPEED_CONFIG']!r} is missing; use configs/ds_config.json"
+                f"DEEPSPEED_CONFIG {settings['DEEPSPEED_CONFIG']!r} is missing or no file; use "
+                f"configs/ds_config.json"
             )
-        elif "offload" in path.read_text("utf-8") and not shutil.which("nvcc"):
+        else:
+            text = path.read_text("utf-8")
+            try:
+                json.loads(text)
+            except ValueError as error:
+                found.append(f"DEEPSPEED_CONFIG {path} is not JSON ({error})")
+        if text and "offload" in text and not shutil.which("nvcc"):
             found.append(
                 f"{path} offloads to the CPU, which compiles with the CUDA toolkit, and nvcc is not "
                 f"there; install it"
@@ -514,6 +543,8 @@ def parameter_count(config) -> int:
 def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
     """Train. An interruption ends the process with 130 or 143 and names the checkpoint; a NaN ends it with
     1."""
+    if checkpoint:  # its evaluation stands in the log already
+        trainer.args.eval_on_start = False
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except FloatingPointError as error:

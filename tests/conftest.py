@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
 def run(
     *command: object, cwd: Path, env: dict | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess:
-    """Run a script of the project (by name) or a python command line in `cwd`, as a user would; text output."""
+    """Run a script of the project (by name) or a python command line in `cwd`, as a user would."""
     words = [str(word) for word in command]
     if words[0].endswith(".py") and not os.path.isabs(words[0]):
         words[0] = str(ROOT / words[0])
@@ -97,7 +97,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, tiny) -> Path:
-    """A working folder in which step 1 has prepared 160 rows for the tiny model. Copy it before writing into it."""
+    """A working folder in which step 1 has prepared 160 rows for the tiny model. Copy it before writing."""
     from hub import finance_rows
 
     folder = tmp_path_factory.mktemp("prepared")

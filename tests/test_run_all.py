@@ -140,7 +140,7 @@ def test_the_menu_is_there_at_once_and_shows_steps_and_presets(folder):
     # 0.2 s on an idle machine; importing torch alone would take more than this
     assert min(seconds) < 1.5, seconds
     for number, (script, what) in enumerate(zip(SCRIPTS, TEXTS["en"]["steps"], strict=True), 1):
-        assert re.search(rf"^ +{number} +{what} +{re.escape(script)}\r$", shown, re.MULTILINE), shown
+        assert re.search(rf"^ +{number} +{re.escape(script)} +{what}\r$", shown, re.MULTILINE), shown
     for name, description in list_presets(folder).items():
         assert description and re.search(rf"^ +{name} +{re.escape(description)}\r$", shown, re.MULTILINE)
 
@@ -254,6 +254,10 @@ def test_help_needs_no_terminal_and_runs_nothing(folder):
         ("2-4", [2, 3, 4]),
         ("1,2-3,3", [1, 2, 3]),
         ("2-2", [2]),
+        ("1\uff0c3", [1, 3]),  # as a Chinese keyboard types it
+        ("1\u3001\uff13", None),  # a full-width digit is no step
+        ("2\u2014\u20144", [2, 3, 4]),
+        ("\u5168\u90e8", [1, 2, 3, 4]),
         ("0", None),
         ("5", None),
         ("1-5", None),
@@ -278,7 +282,7 @@ def test_parse_steps(text, expected):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(alphabet="0123456789,- al", max_size=7))
+@given(st.text(alphabet="0123456789,- al\uff0c\u2014", max_size=7))
 def test_parse_steps_of_anything_typed(text):
     found = parse_steps(text)
     assert found is None or (found and found == sorted(set(found)) and set(found) <= {1, 2, 3, 4})
