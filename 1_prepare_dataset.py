@@ -105,7 +105,7 @@ def read_rows(
             f"DATASET_NAME {name!r}: there is no such file or folder; give one, or the name of a Hub data set"
         )
     if path is None:
-        with files.hub_errors("data set", name, "DATASET_NAME"):
+        with files.hub_errors("data set", name, "DATASET_NAME", revision):
             try:
                 loaded = datasets.load_dataset(name, config, split=split, revision=revision)
             except ValueError as error:  # unknown split or configuration: the library lists what exists

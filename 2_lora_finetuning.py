@@ -126,7 +126,7 @@ def build_model(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME"):
+    with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME", c.MODEL_REVISION):
         model = AutoModelForCausalLM.from_pretrained(
             files.model_path(c.MODEL_NAME),
             revision=c.MODEL_REVISION,

@@ -114,7 +114,7 @@ def training_arguments(c: SimpleNamespace, dtype: torch.dtype) -> SFTConfig:
 
 def build_model(c: SimpleNamespace) -> PreTrainedModel:
     """The model with fp32 master weights: bf16, only computed in, would round small updates away."""
-    with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME"):
+    with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME", c.MODEL_REVISION):
         return AutoModelForCausalLM.from_pretrained(
             files.model_path(c.MODEL_NAME),
             revision=c.MODEL_REVISION,

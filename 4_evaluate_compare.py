@@ -166,7 +166,7 @@ def load_model(c: SimpleNamespace, name: str, log: dict | None, dtype: torch.dty
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME"):
+    with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME", c.MODEL_REVISION):
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=c.MODEL_REVISION if name != "full" else None,

@@ -67,7 +67,8 @@ def own_flags(argv: list[str]) -> tuple[dict, list[str]]:
             own["preset"] = "demo" if name == "--demo" else own["preset"]
         elif name in ("--steps", "--language", "--preset"):
             if not equals and not words:
-                fail(f"{name} wants a value, e.g. {name} {'zh' if name == '--language' else 'demo'}")
+                example = {"--steps": "1,2", "--language": "zh", "--preset": "demo"}[name]
+                fail(f"{name} wants a value, e.g. {name} {example}")
             own[name[2:]] = value if equals else words.pop(0)
         else:
             rest.append(word)
@@ -85,7 +86,7 @@ def parse_steps(text: str) -> list[int] | None:
     chosen: set[int] = set()
     for part in text.replace(" ", ",").split(","):
         bounds = re.fullmatch(r"([1-4])(?:-([1-4]))?", part)
-        if part and not bounds:
+        if part and not (bounds and bounds[1] <= (bounds[2] or bounds[1])):
             return None
         if bounds:
             chosen |= set(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
@@ -114,15 +115,26 @@ def ask(words: dict) -> list[int]:
 
 
 def run(command: list[str]) -> int:
-    """Run a step as a child process; its exit code. A signal to this process is the child's to act on."""
+    """Run a step as a child process; its exit code. A signal to this process is the child's to act on, and
+    ends the whole run even where the child was about to end well."""
+    child, received = None, []
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        # Ctrl-C reaches the child from the terminal; a SIGTERM reaches this process alone, so it is handed on
+        if number == signal.SIGTERM and child:
+            child.terminate()
+
+    # before the child starts, so that no moment is uncovered; a handler, unlike SIG_IGN, is not inherited
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     child = subprocess.Popen(command)
-    # Ctrl-C reaches the child from the terminal; a SIGTERM reaches this process alone, so it is handed on
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    if signal.SIGTERM in received:
+        child.terminate()
     code = child.wait()
     for number, handler in old.items():
         signal.signal(number, handler)
+    if received and not code:
+        return 128 + received[-1]
     return code if code >= 0 else 128 - code  # killed by a signal, as a shell reports it
 
 

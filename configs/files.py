@@ -273,11 +273,11 @@ def probe(endpoint: str) -> str:
 
 
 @contextlib.contextmanager
-def hub_errors(kind: str, name: str, flag: str):
+def hub_errors(kind: str, name: str, flag: str, revision: str | None = None):
     """Turn what the libraries raise for a missing, gated or unreachable repository into one sentence and exit
     code 2.
 
-    kind: "model" or "data set"; flag: the setting that named it.
+    kind: "model" or "data set"; flag: the setting that named it; revision: the one that was asked for.
     """
     try:
         yield
@@ -289,16 +289,20 @@ def hub_errors(kind: str, name: str, flag: str):
         types = {type(e).__name__ for e in chain}
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         page = f"{endpoint}/{'datasets/' if kind != 'model' else ''}{name}"
-        if "GatedRepoError" in types:
-            fail(f"{kind} {name!r} is gated: accept its terms at {page}, then run `hf auth login`")
+        text = " ".join(map(str, chain))  # datasets has one type for all three, so its text tells them apart
+        if "GatedRepoError" in types or "is a gated dataset" in text:
+            fail(f"{kind} {name!r} ({flag}) is gated: accept its terms at {page}, then run `hf auth login`")
+        if "RevisionNotFoundError" in types or revision and f"Revision '{revision}' doesn't exist" in text:
+            fail(
+                f"{kind} {name!r} has no revision {revision!r} ({flag.replace('NAME', 'REVISION')}); see the "
+                f"branches and tags at {page}"
+            )
         if (
             "RepositoryNotFoundError" in types
             or "DatasetNotFoundError" in types
             and os.environ.get("HF_HUB_OFFLINE") != "1"
         ):
             fail(f"{kind} {name!r} ({flag}) is not on the Hub, or it is private: check the name at {page}")
-        if "RevisionNotFoundError" in types:
-            fail(f"{kind} {name!r} has no such revision; see the branches and tags at {page}")
         if is_hub_name(name) and os.environ.get("HF_HUB_OFFLINE") == "1":
             fail(
                 f"{kind} {name!r} ({flag}) is not complete in the cache, and the Hub is not asked; {WAYS_OUT}"
@@ -356,7 +360,7 @@ def load_tokenizer(name: str, revision: str | None, prompt_format: str):
     """
     from transformers import AutoTokenizer
 
-    with hub_errors("model", name, "MODEL_NAME"):
+    with hub_errors("model", name, "MODEL_NAME", revision):
         tokenizer = AutoTokenizer.from_pretrained(model_path(name), revision=revision)
     if tokenizer.eos_token is None:
         fail(

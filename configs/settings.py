@@ -447,6 +447,8 @@ def override(constants: dict, argv: list[str] | None = None) -> dict:
     on the main process only, and returns {name: new value} of what changed. `--help` prints the settings and
     exits with 0, mistakes exit with 2.
     """
+    if constants.get("__name__") == "__main__":
+        sys.excepthook = _end_quietly
     argv = sys.argv[1:] if argv is None else list(argv)
     script = Path(constants["__file__"]).absolute()
     known = read_constants(script)
@@ -475,6 +477,19 @@ def override(constants: dict, argv: list[str] | None = None) -> dict:
             if os.environ.get("RANK", "") in ("", "0"):
                 print(f"settings: {name} = {value!r} (was {old!r}, from {source})", flush=True)
     return changed
+
+
+def _end_quietly(kind: type, error: BaseException, trace: object) -> None:
+    """sys.excepthook of a script: Ctrl-C ends it with one line and exit code 130, anything else as usual."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(
+        "\ninterrupted; what was complete before is as it was, and the same command starts again",
+        file=sys.stderr,
+    )
+    sys.stdout.flush()
+    os._exit(130)  # by itself, python would end with the signal, which a parent process sees as -2
 
 
 def _help(script: Path, purpose: str, known: dict[str, Constant]) -> str:

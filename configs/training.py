@@ -272,7 +272,7 @@ def precision(choice: str) -> tuple[torch.dtype, str]:
 def model_config(name: str, revision: str | None, max_length: int):
     """The model's configuration, read before its weights. Ends with exit code 2 when rows would not fit its
     positions."""
-    with files.hub_errors("model", name, "MODEL_NAME"):
+    with files.hub_errors("model", name, "MODEL_NAME", revision):
         config = AutoConfig.from_pretrained(files.model_path(name), revision=revision)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:

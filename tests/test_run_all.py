@@ -461,10 +461,13 @@ def test_sigterm_ends_the_step_and_everything(folder, behaviour):
     behave(folder, _2=behaviour)
     command = [sys.executable, str(folder / "run_all.py"), "--steps", "2,3"]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "READY" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=20)
+    try:
+        while "READY" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert process.returncode == 143, errors
     assert "Traceback" not in errors
     (call,) = calls(folder)

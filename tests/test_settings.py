@@ -5,6 +5,7 @@ Small scripts with the real names are run as a user runs them.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -655,3 +656,18 @@ def test_any_value_survives_a_preset(tmp_path_factory, typed):
     constants = {"__file__": str(folder / "2_lora_finetuning.py"), "X": object()}
     override(constants, ["--preset", str(folder / "any.yaml")])
     assert constants["X"] == wanted and type(constants["X"]) is type(wanted)
+
+
+def test_ctrl_c_ends_with_130_and_one_line(root):
+    script = root / "1_prepare_dataset.py"
+    script.write_text(script.read_text() + "\nprint('ready', flush=True)\nimport time\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    child = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    while "ready" not in child.stdout.readline():
+        assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=20)
+    assert child.returncode == 130
+    assert "interrupted" in errors and "Traceback" not in errors
