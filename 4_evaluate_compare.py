@@ -451,18 +451,13 @@ def plots(results: dict, logs: dict[str, dict], folder: Path) -> list[str]:
         figure, axis = pyplot.subplots(figsize=(6, 3.2))
         names = list(results["models"])
         values = [results["models"][name]["perplexity"] for name in names]
-        bars = axis.bar(names, values, color=["#888888", "#4477aa", "#cc6677"][: len(names)])
-        spread = [np.exp(results["models"][name]["nll_ci95"]) for name in names]
-        axis.errorbar(
-            names,
-            values,
-            np.abs(np.array(spread).T - values),
-            fmt="none",
-            ecolor="black",
-            capsize=4,
-            linewidth=1,
-        )
-        axis.bar_label(bars, fmt="%.2f", label_type="center", color="white")
+        spread = np.array([np.exp(results["models"][name]["nll_ci95"]) for name in names]).T
+        axis.errorbar(names, values, np.abs(spread - values), fmt="o", color="#4477aa", capsize=5)
+        for place, value in enumerate(values):
+            axis.annotate(f"{value:.2f}", (place, value), (10, 0), textcoords="offset points", va="center")
+        if max(values) > 10 * min(values):
+            axis.set_yscale("log")
+        axis.margins(x=0.25)
         axis.set_ylabel("perplexity (lower is better)")
         figure.savefig(new / "perplexity.png", dpi=120, bbox_inches="tight")
         pyplot.close(figure)
