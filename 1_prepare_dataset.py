@@ -117,8 +117,8 @@ def read_rows(
                 raise
         return list(tqdm(loaded, desc="reading", unit=" rows")), unreadable
     kinds = (".json", ".jsonl", ".csv", ".parquet")
-    paths = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]
-    if not paths or paths[0].suffix not in kinds:
+    paths = sorted(p for p in path.iterdir() if p.suffix.lower() in kinds) if path.is_dir() else [path]
+    if not paths or paths[0].suffix.lower() not in kinds:
         fail(
             f"DATASET_NAME {name!r} is not a data set; known files are {', '.join(kinds)}, or a folder "
             f"that holds some"
@@ -131,36 +131,42 @@ def read_rows(
             # the error's own place counts from the last block read, or from behind the byte order mark
             lines = enumerate(file.read_bytes().split(b"\n"), 1)
             number = next(n for n, line in lines if line.decode(errors="replace").encode() != line)
+            code = "utf-16" if file.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
             fail(
-                f"{file}, line {number}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f latin1 -t "
+                f"{file}, line {number}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f {code} -t "
                 f"utf-8 {file}"
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
             fail(f"{file} cannot be read as {file.suffix[1:]}: {str(error).splitlines()[0]}")
     return rows, unreadable
 
 
 def read_file(path: Path, unreadable: collections.Counter) -> Iterator[object]:
     """Rows of one file. A line of a .jsonl file that is not JSON is counted in `unreadable` and left out."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
         yield from pyarrow.parquet.read_table(path).to_pylist()
-    elif path.suffix == ".csv":
+    elif path.suffix.lower() == ".csv":
         csv.field_size_limit(sys.maxsize)
         with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file)
+            reader = csv.DictReader(file)
+            names = [name.strip() for name in reader.fieldnames or []]
+            if len(set(names)) < len(names):
+                raise ValueError(f"two columns have one name: {', '.join(names)}")
+            reader.fieldnames = names
+            yield from reader
     else:
         text = path.read_text(encoding="utf-8-sig")
         content = None
         try:
             content = json.loads(text, strict=False)
         except ValueError:
-            if path.suffix == ".json" and not looks_like_lines(text):
+            if path.suffix.lower() == ".json" and not looks_like_lines(text):
                 raise
         if isinstance(content, list):
             yield from content
-        elif path.suffix == ".json" and not looks_like_lines(text):
+        elif path.suffix.lower() == ".json" and not looks_like_lines(text):
             # an object: the rows are its one list, e.g. {"data": [...]}
             values = content.values() if isinstance(content, dict) else ()
             lists = [value for value in values if isinstance(value, list)]
@@ -245,6 +251,10 @@ def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, st
             return name, schema
     known = "; ".join(dict.fromkeys(" + ".join(c for o, c in w.items() if o in NEEDED) for _, w in SCHEMAS))
     first, last = (columns + ["?", "?"])[0], (columns or ["?"])[-1]
+    if len(columns) == 1 and ";" in first:
+        fail(
+            f"the file has one column, {first!r}: its separator seems to be a semicolon; save it with commas"
+        )
     fail(
         f"the columns of the data set are not recognised: {', '.join(columns) or 'none'} (known: {known}); "
         f"name them, e.g.: --column_map instruction={first},output={last}"
@@ -267,10 +277,16 @@ def normalise(row: object, schema: dict[str, str]) -> dict:
     text."""
     if not isinstance(row, dict):
         raise BadRow("not an object with columns")
+    if None in row:  # csv's place for what no column is left for
+        raise BadRow("more cells than columns (an unquoted comma?)")
     example = {**row, **{ours: row.get(column) for ours, column in schema.items()}}
     if "messages" in schema:
         example["messages"] = normalise_messages(example["messages"])
         return example
+    if isinstance(example["instruction"], list) and isinstance(
+        example["output"], list
+    ):  # TRL's conversations
+        return {**example, "messages": normalise_messages(example["instruction"] + example["output"])}
     for column, missing, empty, kind in (
         ("output", "missing answer", "empty answer", "answer is not a string"),
         ("instruction", "missing prompt", "empty prompt", "prompt is not a string"),
@@ -419,7 +435,15 @@ def convert(
         try:
             example = normalise(row, schema)
             texts = [example[name] for name in schema if isinstance(example[name], str)]
-            formatted = format_to_chatml(example)
+            try:
+                formatted = format_to_chatml(example)
+            except Exception as error:
+                place = error.__traceback__.tb_next
+                raise BadFunction(
+                    f"format_to_chatml raised {type(error).__name__}: {error}"
+                    f"{f' (line {place.tb_lineno})' if place else ''}; the row has: "
+                    f"{', '.join(map(str, example))}"
+                ) from error
             if isinstance(formatted, str) and any(mark in text for mark in STRING_MARKS for text in texts):
                 raise BadRow("template marker or special token in the text")
             prompt, completion = to_conversation(example, formatted)
@@ -547,11 +571,12 @@ def main() -> None:
             worst, number = (
                 dropped - collections.Counter({"exact duplicate": dropped["exact duplicate"]})
             ).most_common(1)[0]
+            accept = (
+                f", or accept it with: --max_drop_fraction {min(faulty / read + 0.01, 1):.2f}" if kept else ""
+            )
             fail(
-                f"{faulty} of {read} rows cannot be used, more than "
-                f"MAX_DROP_FRACTION={MAX_DROP_FRACTION} allows; most: "
-                f"{number} x {worst}; mend the data, or accept it with: --max_drop_fraction "
-                f"{min(faulty / read + 0.01, 1):.2f}"
+                f"{faulty} of {read} rows cannot be used, more than MAX_DROP_FRACTION={MAX_DROP_FRACTION} "
+                f"allows; most: {number} x {worst}; mend the data{accept}"
             )
         train, held_out = split_rows(kept, EVAL_FRACTION, SEED)
         sizes = collections.Counter(row["part"] for row in held_out)
@@ -559,7 +584,8 @@ def main() -> None:
             fail(
                 f"{len(kept)} usable rows give {len(train)} to train on, {sizes['validation']} to "
                 f"validate and "
-                f"{sizes['test']} to test; each needs one: add rows, or --eval_fraction 0.2"
+                f"{sizes['test']} to test; each needs one: add rows"
+                f"{', or --eval_fraction 0.2' if EVAL_FRACTION < 0.2 and len(kept) > 9 else ''}"
             )
 
         # --- write

@@ -56,7 +56,7 @@ SEED = 42  # of the order of the rows, dropout and new weights
 # --- logging and checkpoints
 LOGGING_STEPS = 10  # optimizer steps between two records of the loss
 EVAL_STEPS = 0.1  # between two evaluations: below 1 a share of the run, above it optimizer steps
-SAVE_STEPS = 0.1  # between two checkpoints, likewise; a multiple of EVAL_STEPS
+SAVE_STEPS = 0.1  # between two checkpoints; equal to EVAL_STEPS, so that the best one is there
 SAVE_TOTAL_LIMIT = 2  # checkpoints kept; the best one always is
 # "auto" goes on with an unfinished run of the same settings and data, and starts afresh otherwise.
 RESUME: bool | str = "auto"  # auto; true goes on or fails; false starts afresh

@@ -60,6 +60,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from peft import PeftModel
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import CHRF
+from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -88,7 +89,19 @@ def find_models(c: SimpleNamespace, manifest: dict) -> tuple[dict[str, dict], li
                 f"{name} is not compared: {folder / FOLDERS[name]} is missing; make it with: {STEPS[name]}"
             )
             continue
-        log = files.read_json(folder / "training_log.json", STEPS[name])
+        needs = ("model_name", "settings", "environment", "parameters", "data", "history", "summary")
+        log = files.read_json(folder / "training_log.json", STEPS[name], needs)
+        try:
+            weights = list((folder / FOLDERS[name]).glob("*.safetensors"))
+            for path in weights:
+                with safe_open(path, framework="pt"):  # reads the header, which knows the file's length
+                    pass
+        except Exception as error:  # the library's own kind, and those of the file system
+            problems.append(
+                f"{folder / FOLDERS[name]} is damaged ({error}); make it anew with: {STEPS[name]}"
+            )
+        if not weights:
+            problems.append(f"{folder / FOLDERS[name]} holds no weights; make it anew with: {STEPS[name]}")
         if log["summary"]["status"] != "done":
             problems.append(
                 f"{folder} holds an unfinished run ({log['summary']['status']}); finish it with: "

@@ -129,13 +129,16 @@ def lock(folder: str | Path):
 # --- the manifest and the data
 
 
-def read_json(path: str | Path, mend: str) -> dict:
-    """Read one of our JSON files, or end with the command that makes it.
+def read_json(path: str | Path, mend: str, needs: tuple[str, ...] = ()) -> dict:
+    """Read one of our JSON files, or end with the command that makes it. needs: keys that it must have.
 
-    Raises: SystemExit(2) when it is missing, unreadable or not JSON.
+    Raises: SystemExit(2) when it is missing, unreadable, not JSON or without one of its keys.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if lacking := [key for key in needs if key not in value]:
+            fail(f"{path} is not complete ({lacking[0]} is missing); write it anew with: {mend}")
+        return value
     except FileNotFoundError:
         fail(f"{path} is missing; it is written by: {mend}")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -163,7 +166,7 @@ def read_manifest(data_dir: str | Path) -> dict:
     if not path.exists():
         found = f"{data_dir} holds only {', '.join(there)}" if there else f"{data_dir} is empty"
         fail(f"there are no complete data: {path} is missing ({found}); make them with: {STEP_1}")
-    manifest = read_json(path, STEP_1)
+    manifest = read_json(path, STEP_1, ("source", "settings", "rows", "sha256"))
     for name in ("train", "eval"):
         if not (Path(data_dir) / name).is_dir():
             fail(f"{data_dir}/{name} is missing although {path} is there; make the data anew with: {STEP_1}")
@@ -366,6 +369,10 @@ def load_tokenizer(name: str, revision: str | None, prompt_format: str):
         fail(
             f"model {name!r} has no end-of-text token (eos_token), so an answer could not end; use "
             f"another model"
+        )
+    if not tokenizer("What is an ETF?", add_special_tokens=False).input_ids:
+        fail(
+            f"model {name!r} has no tokenizer that can be used (is tokenizer.json missing?); save one with it"
         )
     if prompt_format != "auto" or not tokenizer.chat_template:
         template = chat_template_file("chatml" if prompt_format == "auto" else prompt_format).read_text(

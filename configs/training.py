@@ -24,7 +24,7 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Sampler
-from transformers import AutoConfig, EvalPrediction, SchedulerType, TrainerCallback
+from transformers import AutoConfig, EvalPrediction, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.training_args import OptimizerNames
@@ -205,29 +205,32 @@ def settings_problems(settings: dict) -> list[str]:
     for name in ("EVAL_STEPS", "SAVE_STEPS"):
         if settings[name] > 1 and settings[name] != int(settings[name]):
             found.append(f"{name} is {settings[name]}; above 1 it counts steps and must be whole")
-    ratio = settings["SAVE_STEPS"] / max(settings["EVAL_STEPS"], 1e-9)
-    if (
-        (settings["SAVE_STEPS"] < 1) != (settings["EVAL_STEPS"] < 1)
-        or abs(ratio - round(ratio)) > 1e-6
-        or ratio < 1 - 1e-6
-    ):
+    if settings["SAVE_STEPS"] != settings["EVAL_STEPS"]:
         found.append(
-            f"SAVE_STEPS ({settings['SAVE_STEPS']}) must be a multiple of EVAL_STEPS "
-            f"({settings['EVAL_STEPS']}), so that "
-            f"every saved checkpoint has been evaluated: --save_steps {settings['EVAL_STEPS']}"
+            f"SAVE_STEPS ({settings['SAVE_STEPS']}) must equal EVAL_STEPS ({settings['EVAL_STEPS']}), so "
+            f"that the "
+            f"best model that was evaluated is also saved: --save_steps {settings['EVAL_STEPS']}"
         )
     if settings["PRECISION"] not in ("auto", "bf16", "fp16", "fp32"):
         found.append(f"PRECISION is {settings['PRECISION']!r}; choose auto, bf16, fp16 or fp32")
-    for name, kinds in (("LR_SCHEDULER", SchedulerType), ("OPTIM", OptimizerNames)):
-        known = [kind.value for kind in kinds]
+    # the library's other schedules need arguments of their own
+    schedules = "cosine linear constant constant_with_warmup polynomial inverse_sqrt".split()
+    for name, known in (("LR_SCHEDULER", schedules), ("OPTIM", [kind.value for kind in OptimizerNames])):
         if settings[name] not in known:
             found.append(f"{name} is {settings[name]!r}; choose one of: {', '.join(known)}")
     if not 0 <= settings.get("LORA_DROPOUT", 0) < 1:
         found.append(f"LORA_DROPOUT is {settings['LORA_DROPOUT']}; it is a share: --lora_dropout 0.05")
     for tracker in settings["REPORT_TO"].replace(" ", "").split(","):
-        module = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}.get(tracker, "torch")
-        if importlib.util.find_spec(module) is None:
-            found.append(f"REPORT_TO is {tracker!r}, which is not installed: pip install {module}")
+        modules = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "none": "torch"}
+        if tracker not in modules:
+            found.append(f"REPORT_TO is {tracker!r}; choose one of: {', '.join(modules)}")
+        elif importlib.util.find_spec(modules[tracker]) is None:
+            found.append(f"REPORT_TO is {tracker!r}, which is not installed: pip install {tracker}")
+    if not 0 <= settings["SEED"] < 2**32:
+        found.append(f"SEED is {settings['SEED']}; it must be at least 0 and below 2**32: --seed 42")
+    for name in ("WEIGHT_DECAY", "MAX_GRAD_NORM"):
+        if settings[name] < 0:
+            found.append(f"{name} is {settings[name]}; it must not be negative")
     zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     if settings.get("USE_4BIT") and zero3:
         found.append(
@@ -372,8 +375,8 @@ def resume_point(output_dir: str, resume: bool | str, settings: dict, manifest_s
             for k, v in settings.items()
             if k not in SAME_RUN and k in log.get("settings", {}) and log["settings"][k] != v
         ]
-        if not log:
-            why = "its training_log.json is missing"
+        if not {"settings", "data", "summary"} <= set(log):
+            why = "its training_log.json is missing or not complete"
         elif changed:
             why = f"{changed[0]} was {log['settings'][changed[0]]!r} and is {settings[changed[0]]!r}"
         elif log["data"]["manifest_sha256"] != manifest_sha256:
