@@ -205,7 +205,8 @@ def settings_problems(settings: dict) -> list[str]:
     for name in ("EVAL_STEPS", "SAVE_STEPS"):
         if settings[name] > 1 and settings[name] != int(settings[name]):
             found.append(f"{name} is {settings[name]}; above 1 it counts steps and must be whole")
-    if settings["SAVE_STEPS"] != settings["EVAL_STEPS"]:
+    named = any("EVAL_STEPS" in problem or "SAVE_STEPS" in problem for problem in found)
+    if settings["SAVE_STEPS"] != settings["EVAL_STEPS"] and not named:
         found.append(
             f"SAVE_STEPS ({settings['SAVE_STEPS']}) must equal EVAL_STEPS ({settings['EVAL_STEPS']}), so "
             f"that the "

@@ -481,7 +481,8 @@ def test_csv_rows_with_too_few_or_too_many_cells(prepare, tmp_path):
     ]
     (tmp_path / "rows.csv").write_text("\n".join(lines), encoding="utf-8")
     rows = prepare(tmp_path / "rows.csv")["rows"]
-    assert (rows["read"], rows["kept"], rows["dropped"]) == (32, 31, {"missing answer": 1})
+    reasons = {"missing answer": 1, "more cells than columns (an unquoted comma?)": 1}
+    assert (rows["read"], rows["kept"], rows["dropped"]) == (32, 30, reasons)
 
 
 def test_parquet_and_a_folder_of_files(step, tmp_path):
@@ -795,7 +796,7 @@ def test_duplicates_are_no_reason_to_stop(prepare):
 
 def test_too_few_rows_are_refused(prepare, capsys):
     for n, fraction in ((1, 0.5), (2, 0.5), (6, 0.1)):
-        with exit_2(capsys, f"{n} usable rows", "--eval_fraction"):
+        with exit_2(capsys, f"{n} usable rows", "each needs one: add rows"):
             prepare(tail(n), EVAL_FRACTION=fraction)
     assert not list(Path("data").glob("[!.]*"))
 

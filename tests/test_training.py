@@ -465,7 +465,7 @@ def problems(script: str = SCRIPTS[1], **changed) -> list[str]:
 
 def test_defaults_have_no_problems():
     assert problems() == problems(SCRIPTS[2]) == []
-    assert problems(EVAL_STEPS=2.0, SAVE_STEPS=6.0) == problems(MAX_STEPS=1, LORA_R=1) == []
+    assert problems(EVAL_STEPS=2.0, SAVE_STEPS=2.0) == problems(MAX_STEPS=1, LORA_R=1) == []
 
 
 @pytest.mark.parametrize(
