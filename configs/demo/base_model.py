@@ -19,20 +19,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run by its path, python looks for modules beside the script only
 
+from configs import files
+
+files.go_online()  # nothing is to be fetched
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from configs import files
 from configs.demo import finance_templates
 
 FOLDER = "outputs/demo_base_model"  # relative to the current folder, as every output is
 END = "<|endoftext|>"
 SEED = 0
 VOCABULARY = 2048
-STATEMENTS = 3000
-STEPS, BATCH, LENGTH = 160, 16, 128  # optimizer steps, sequences a step, tokens a sequence
+STATEMENTS, QUESTIONS = 1500, 1500  # short texts of either kind
+STEPS, BATCH, LENGTH = 150, 16, 128  # optimizer steps, sequences a step, tokens a sequence
 LEARNING_RATE = 3e-3
 
 
@@ -42,6 +45,9 @@ def corpus() -> tuple[list[str], list[str]]:
     paragraphs = (ROOT / "configs/demo/finance_prose.txt").read_text("utf-8").strip().split("\n\n")
     held_out = len(paragraphs) // 10
     statements = finance_templates.statements(STATEMENTS, seed=1)
+    # a base model of today has read many questions with their answers, as plain text without any chat marker
+    asked = finance_templates.rows(QUESTIONS, seed=2, side=1)
+    statements += ["\n".join(text for text in row.values() if text) for row in asked]
     # the prose three times: it is the smaller part, and the only one with connected sentences
     return paragraphs[:-held_out] * 3 + statements, paragraphs[-held_out:]
 
@@ -68,7 +74,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> PhiForCausalLM:
         vocab_size=VOCABULARY,
         hidden_size=192,
         intermediate_size=768,
-        num_hidden_layers=3,
+        hidden_act="gelu_pytorch_tanh",  # phi-2's gelu_new in one kernel
+        num_hidden_layers=2,  # two learn to copy from the question; a third costs a third more time
         num_attention_heads=6,
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},

@@ -86,10 +86,11 @@ def pct(value) -> str:
     return num(value) + "%"
 
 
-def rows(n: int, seed: int) -> list[dict]:
+def rows(n: int, seed: int, side: int = 0) -> list[dict]:
     """`n` Alpaca rows {instruction, input, output}, equally many (or one more) of every template, shuffled.
 
     No two rows of a template share their figures, so a held-out row is not a trained one in other words.
+    side: 0 for the data set; 1 for rows whose figures never occur there, as those of `statements`.
     Raises ValueError where a template has too few distinct figures for `n`.
     """
     rng = random.Random(f"rows {seed}")
@@ -99,7 +100,7 @@ def rows(n: int, seed: int) -> list[dict]:
             "input": each.table.format(**figures),
             "output": f"{each.rule}: {each.equation}. {each.conclusion}".format(**figures),
         }
-        for each, figures in _draws(n, rng, side=0)
+        for each, figures in _draws(n, rng, side)
     ]
     rng.shuffle(made)
     return made
@@ -229,9 +230,9 @@ def savings_rate(rng):
 
 
 @template("""
-    R: The debt-to-income ratio is the sum of the monthly debt payments divided by the gross monthly income
-    Q: What is the debt-to-income ratio of this household?
-    Q: Calculate the debt-to-income ratio from these monthly figures.
+    R: The debt to income ratio is the sum of the monthly debt payments divided by the gross monthly income
+    Q: What is the debt to income ratio of this household?
+    Q: Calculate the debt to income ratio from these monthly figures.
     I: Mortgage: {a} | Car loan: {b} | Credit card: {c} | Gross income: {i}
     A: ({a} + {b} + {c}) / {i} = {r}. Debt payments take {r} of the income.
     S: A borrower who earns {i} a month and pays {a}, {b} and {c} on three debts has a ratio of {r}.
@@ -268,10 +269,10 @@ def card_month(rng):
 
 
 @template("""
-    R: Loan-to-value is the mortgage divided by the value of the home
-    Q: What is the loan-to-value ratio of a mortgage of {m} on a home worth {v}?
-    Q: I borrow {m} to buy a home valued at {v}. What is the loan-to-value ratio?
-    A: {m} / {v} = {r}. The loan-to-value ratio is {r}.
+    R: Loan to value is the mortgage divided by the value of the home
+    Q: What is the loan to value ratio of a mortgage of {m} on a home worth {v}?
+    Q: I borrow {m} to buy a home valued at {v}. What is the loan to value ratio?
+    A: {m} / {v} = {r}. The loan to value ratio is {r}.
     S: A buyer who borrows {m} for a home worth {v} has financed {r} of it with the loan.
     S: With a mortgage of {m} on a house valued at {v}, the bank has lent {r} of the price.""")
 def loan_to_value(rng):
@@ -644,9 +645,9 @@ def quick_ratio(rng):
 
 
 @template("""
-    R: Debt-to-equity is total debt divided by shareholders' equity
-    Q: What is the debt-to-equity ratio of this company?
-    Q: Calculate the debt-to-equity ratio from the balance sheet.
+    R: Debt to equity is total debt divided by shareholders' equity
+    Q: What is the debt to equity ratio of this company?
+    Q: Calculate the debt to equity ratio from the balance sheet.
     I: Total debt: {d} | Equity: {e}
     A: {d} / {e} = {r}. What the company owes is {r} times its equity.
     S: A firm financed with {d} of loans and {e} of its owners' money has a ratio of {r}.
