@@ -1,9 +1,10 @@
 """Turns an instruction data set into chat messages, leaves out rows that cannot be learned from, and splits
-the rest.
+the rest so that nothing of the evaluation is in the training.
 
 Reads:  a data set of the Hugging Face Hub, or a local .json, .jsonl, .csv or .parquet file or a folder of
-them
-Writes: data/train, data/eval (with its validation and test parts), data/test_prompts.json, data/manifest.json
+them Writes: data/train, data/eval (with its validation and test parts), data/test_prompts.json,
+data/manifest.json,
+        data/dataset_report.md with length_histogram.png
 
     python 1_prepare_dataset.py
     python 1_prepare_dataset.py --dataset_name my_rows.jsonl --column_map instruction=task,output=result
@@ -12,14 +13,18 @@ Takes about a minute for the 69,000 rows of the default data set, plus its downl
 """
 
 import collections
+import contextlib
 import csv
 import hashlib
+import itertools
 import json
+import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs import files
@@ -46,6 +51,11 @@ MAX_DROP_FRACTION = 0.2  # stop when a larger share of the rows has to be left o
 EVAL_FRACTION = 0.1  # share of the rows held out: half to validate while training, half to test
 NUM_TEST_PROMPTS = 100  # prompts of the test part that the models answer in 4_evaluate_compare.py
 SEED = 42  # decides which rows are held out
+# Near-equal prompts on both sides would let a model recall what it is tested on. Prompts with other figures
+# are other questions: 5 % of 300 and 7 % of 450.
+NEAR_DUPLICATE_THRESHOLD: float | None = (
+    0.8  # prompts so alike (Jaccard) stay together; none: only equal ones
+)
 
 # --- output
 DATA_DIR = "data"  # folder for the result
@@ -56,6 +66,11 @@ if __name__ == "__main__":
 
 import datasets
 import jinja2
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from datasketch import MinHash
+from scipy.sparse import coo_array, csgraph
 from tqdm.auto import tqdm
 
 ROLES = {
@@ -94,138 +109,275 @@ def format_to_chatml(example: dict) -> dict | list | str:
 # --- reading
 
 
+class BadRow(Exception):
+    """A row that cannot be learned from; its text is the reason, as counted in the manifest."""
+
+
+class BadFunction(Exception):
+    """What format_to_chatml returned is of no use; its text says why."""
+
+
+KINDS = (".json", ".jsonl", ".csv", ".parquet")
+# what a folder downloaded from the Hub or from ModelScope holds beside its rows
+NO_ROWS = (
+    "config.json",
+    "configuration.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+)
+
+
 def read_rows(
     name: str, config: str | None, split: str, revision: str | None
-) -> tuple[list, collections.Counter]:
-    """All rows as dicts, and the number of those that could not even be read, by reason."""
+) -> Iterator[tuple[str, object]]:
+    """(place, row) of every row, one after the other; a BadRow stands for a row that cannot even be read.
+
+    The place is for people: `rows.jsonl line 7`. A row is a dict for whatever has columns; the numbers of a
+    column of labels (datasets.ClassLabel) are replaced by their names.
+    """
     path = files.local_path(name)
-    unreadable: collections.Counter = collections.Counter()
     if path is None and files.looks_like_path(name):
         fail(
             f"DATASET_NAME {name!r}: there is no such file or folder; give one, or the name of a Hub data set"
         )
-    if path is None:
-        with files.hub_errors("data set", name, "DATASET_NAME", revision):
-            try:
-                loaded = datasets.load_dataset(name, config, split=split, revision=revision)
-            except ValueError as error:  # unknown split or configuration: the library lists what exists
-                if type(error) is ValueError and not isinstance(error.__cause__, OSError):
-                    fail(
-                        f"data set {name!r}: {' '.join(str(error).split())} (DATASET_SPLIT {split!r}, "
-                        f"DATASET_CONFIG {config!r})"
-                    )
-                raise
-        return list(tqdm(loaded, desc="reading", unit=" rows")), unreadable
-    kinds = (".json", ".jsonl", ".csv", ".parquet")
-    paths = sorted(p for p in path.iterdir() if p.suffix.lower() in kinds) if path.is_dir() else [path]
-    if not paths or paths[0].suffix.lower() not in kinds:
+    if path is None or (path.is_dir() and has_configurations(path)):
+        loaded = load_from_hub(name if path is None else str(path), config, split, revision)
+        batches = loaded.with_format("arrow").iter(1000)
+        return ((f"row {n}", row) for n, row in enumerate(named(batches, loaded.features), 1))
+    paths = [path] if path.is_file() else files_of_split(path, split)
+    if not paths or paths[0].suffix.lower() not in KINDS:
         fail(
-            f"DATASET_NAME {name!r} is not a data set; known files are {', '.join(kinds)}, or a folder "
-            f"that holds some"
+            f"DATASET_NAME {name!r} is not a data set; known files are {', '.join(KINDS)}, or a folder that "
+            f"holds some"
         )
-    rows: list = []
-    for file in paths:
+    return itertools.chain.from_iterable(read_file(file) for file in paths)
+
+
+def has_configurations(folder: Path) -> bool:
+    """True for a downloaded repository whose README.md declares its configurations, as the Hub reads them."""
+    readme = folder / "README.md"
+    return (
+        readme.is_file() and re.search(r"^configs:", readme.read_text("utf-8", "replace"), re.M) is not None
+    )
+
+
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder that belong to a split, by their names, as the Hub tells them apart.
+
+    A folder whose names speak of no split is all one.
+    """
+    try:
+        patterns = datasets.data_files.get_data_patterns(str(folder))
+    except FileNotFoundError:
+        return []
+    if split not in patterns and list(patterns) != ["train"]:
+        fail(
+            f"DATASET_SPLIT {split!r} is not in {folder}; its files are named for: "
+            f"{', '.join(map(str, patterns))}; "
+            f"choose one, e.g. --dataset_split {next(iter(patterns))}"
+        )
+    found = datasets.data_files.DataFilesList.from_patterns(
+        patterns.get(split, patterns[next(iter(patterns))]), base_path=str(folder)
+    )
+    kept = {
+        Path(file) for file in found if Path(file).suffix.lower() in KINDS and Path(file).name not in NO_ROWS
+    }
+    return sorted(kept)
+
+
+def load_from_hub(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
+    """A data set by its name on the Hub, or a downloaded copy of one. Ends with exit code 2 where it cannot
+    be had."""
+    about = f"(DATASET_SPLIT {split!r}, DATASET_CONFIG {config!r})"
+    with files.hub_errors("data set", name, "DATASET_NAME", revision):
         try:
-            rows.extend(read_file(file, unreadable))
-        except UnicodeDecodeError as error:
-            # the error's own place counts from the last block read, or from behind the byte order mark
-            lines = enumerate(file.read_bytes().split(b"\n"), 1)
-            number = next(n for n, line in lines if line.decode(errors="replace").encode() != line)
-            code = "utf-16" if file.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+            return datasets.load_dataset(name, config, split=split, revision=revision)
+        except datasets.exceptions.DatasetGenerationError as error:
+            cause = " ".join(str(error.__cause__ or error).split())[:300]
             fail(
-                f"{file}, line {number}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f {code} -t "
-                f"utf-8 {file}"
+                f"data set {name!r} cannot be read by the library ({cause}); download its files and give "
+                f"their "
+                f"folder as DATASET_NAME: rows that do not fit are then left out one by one"
             )
-        except (OSError, ValueError, RecursionError, csv.Error) as error:
-            fail(f"{file} cannot be read as {file.suffix[1:]}: {str(error).splitlines()[0]}")
-    return rows, unreadable
-
-
-def read_file(path: Path, unreadable: collections.Counter) -> Iterator[object]:
-    """Rows of one file. A line of a .jsonl file that is not JSON is counted in `unreadable` and left out."""
-    if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet
-
-        yield from pyarrow.parquet.read_table(path).to_pylist()
-    elif path.suffix.lower() == ".csv":
-        csv.field_size_limit(sys.maxsize)
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            names = [name.strip() for name in reader.fieldnames or []]
-            if len(set(names)) < len(names):
-                raise ValueError(f"two columns have one name: {', '.join(names)}")
-            reader.fieldnames = names
-            yield from reader
-    else:
-        text = path.read_text(encoding="utf-8-sig")
-        content = None
-        try:
-            content = json.loads(text, strict=False)
-        except ValueError:
-            if path.suffix.lower() == ".json" and not looks_like_lines(text):
+        except (ValueError, RuntimeError) as error:
+            # the second text is what the library says when it has read this data set's other branch before
+            if not re.search("scripts are no longer supported|Couldn't find cache", str(error)):
+                # unknown split or configuration: the library lists what exists
+                if type(error) is ValueError and not isinstance(error.__cause__, OSError):
+                    fail(f"data set {name!r}: {' '.join(str(error).split())} {about}")
                 raise
-        if isinstance(content, list):
-            yield from content
-        elif path.suffix.lower() == ".json" and not looks_like_lines(text):
-            # an object: the rows are its one list, e.g. {"data": [...]}
-            values = content.values() if isinstance(content, dict) else ()
-            lists = [value for value in values if isinstance(value, list)]
-            if len(lists) != 1:
-                raise ValueError(
-                    "the file holds one value; a list of rows, or an object with one such list, is needed"
-                )
-            yield from lists[0]
-        else:
-            for number, line in enumerate(text.split("\n"), 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield json.loads(line, strict=False)
-                except ValueError:
-                    unreadable["not JSON"] += 1
-                    files.say(f"note: {path}, line {number} is not JSON and is left out: {line[:60]!r}")
+        # The repository is a program that makes the rows. The Hub has run it and keeps the result, a folder a
+        # configuration, on a branch of its own.
+        branch = "refs/convert/parquet"
+        tree = datasets.data_files.HfFileSystem().ls(f"datasets/{name}@{branch}", detail=True)
+        known = sorted(Path(entry["name"]).name for entry in tree if entry["type"] == "directory")
+        if config is None and len(known) == 1:
+            config = known[0]
+        if config not in known:
+            fail(
+                f"data set {name!r} has the configurations {', '.join(known)}; DATASET_CONFIG is {config!r}: "
+                f"choose one, e.g. --dataset_config {known[-1] if known else 'default'}"
+            )
+        files.say(f"note: {name} is a loading script, which is not run; reading its {branch} instead")
+        return datasets.load_dataset(name, data_dir=config, split=split, revision=branch)
+
+
+def named(batches: Iterable[pyarrow.Table], features: datasets.Features) -> Iterator[dict]:
+    """The rows of Arrow tables, with the names of labels in place of their numbers, and all names as
+    `options`."""
+    labels = {key: kind.names for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    for batch in batches:
+        for row in batch.to_pylist():
+            for key, names in labels.items():
+                row[key] = names[row[key]] if row[key] is not None and 0 <= row[key] < len(names) else None
+                row.setdefault("options", names)
+            yield row
+
+
+def read_file(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, row) of one file; ends with exit code 2, naming file and line, where it cannot be read on."""
+    kind = path.suffix.lower()
+    reader = {".parquet": read_parquet, ".csv": read_csv}.get(kind, read_json)
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        # the error's own place counts from the last block read, or from behind the byte order mark
+        with open(path, "rb") as file:
+            code = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+            file.seek(0)
+            lines = enumerate(file, 1)
+            number = next(n for n, line in lines if line.decode(errors="replace").encode() != line)
+        fail(
+            f"{path}, line {number}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f {code} -t utf-8 "
+            f"{path}"
+        )
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        fail(f"{path} cannot be read as {kind[1:]}: {str(error).splitlines()[0]}")
+
+
+def no_twins(names: list[str]) -> None:
+    """Raise ValueError for two columns of one name: one of them would silently hide the other."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two columns are named {twice!r}; rename one (columns: {', '.join(names)})")
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    no_twins([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        no_twins(file.schema_arrow.names)
+        batches = file.iter_batches(batch_size=1000)
+        rows = named(batches, datasets.Features.from_arrow_schema(file.schema_arrow))
+        yield from ((f"{path.name} row {n}", row) for n, row in enumerate(rows, 1))
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, object]]:
+    csv.field_size_limit(sys.maxsize)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        no_twins(reader.fieldnames)
+        yield from ((f"{path.name} line {reader.line_num}", row) for row in reader)
+
+
+# strict would refuse a line break inside a string, which people do write
+DECODER = json.JSONDecoder(strict=False)
+UNIQUE = json.JSONDecoder(strict=False, object_pairs_hook=unique_keys)
+
+
+def read_json(path: Path) -> Iterator[tuple[str, object]]:
+    """A list of rows, an object around one such list, or JSON Lines: one row a line, whatever the file is
+    called.
+
+    A line that is no JSON is a BadRow. Only JSON Lines are read piece by piece; a list is read whole.
+    """
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        first = next((line for line in file if line.strip()), "")
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            UNIQUE.decode(first)  # the other lines are like the first
+        lines = first.lstrip()[:1] != "[" and (
+            path.suffix.lower() == ".jsonl" or looks_like_lines(first, file)
+        )
+        if not lines:
+            file.seek(0)
+            try:
+                content = UNIQUE.decode(file.read())
+            except json.JSONDecodeError:
+                if path.suffix.lower() == ".json":
+                    raise
+                content = None  # .jsonl whose first line is broken
+            if path.suffix.lower() == ".json" and not isinstance(content, list):
+                # an object: the rows are its one list, e.g. {"data": [...]}
+                values = content.values() if isinstance(content, dict) else ()
+                found = [value for value in values if isinstance(value, list)]
+                if len(found) != 1:
+                    raise ValueError(
+                        "the file holds one value; a list of rows, or an object with one such list, is needed"
+                    )
+                content = found[0]
+            if isinstance(content, list):
+                yield from ((f"{path.name} row {n}", row) for n, row in enumerate(content, 1))
+                return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{path.name} line {number}"
+            try:
+                yield place, DECODER.decode(line)
+            except (ValueError, RecursionError):
+                files.say(f"note: {path}, line {number} is not JSON and is left out: {line[:60]!r}")
+                yield place, BadRow("not JSON")
 
 
 TURNS = ("messages", "conversations", "prompt", "completion")  # columns that are lists of objects themselves
 
 
-def looks_like_lines(text: str) -> bool:
-    """True for JSON Lines under the name .json: the first line is a whole row."""
+def looks_like_lines(first: str, rest: Iterable[str]) -> bool:
+    """True for JSON Lines: the first line is a whole row. rest: the lines behind it."""
     try:
-        first = json.loads(text.lstrip().split("\n", 1)[0], strict=False)
-    except ValueError:
+        row = DECODER.decode(first)
+    except (ValueError, RecursionError):
         return False
     # an object around the rows may stand on one line, too: {"data": [{...}, {...}]}
-    lists = [v for k, v in first.items() if k not in TURNS] if isinstance(first, dict) else []
+    lists = [v for k, v in row.items() if k not in TURNS] if isinstance(row, dict) else []
     around = any(isinstance(v, list) and v and all(isinstance(row, dict) for row in v) for v in lists)
-    return isinstance(first, dict) and not (around and "\n" not in text.strip())
+    return isinstance(row, dict) and not (around and not any(line.strip() for line in rest))
 
 
 # --- schema
 
 
-# What a set of columns is called, and the columns of (instruction, input, output, system); the first that
-# fits is taken.
+# What a set of columns is called, and our names for those that it needs; the first that fits is taken.
 SCHEMAS = [
     ("messages", {"messages": "messages"}),
     ("conversations", {"messages": "conversations"}),
-    ("alpaca", {"instruction": "instruction", "input": "input", "output": "output", "system": "system"}),
-    ("alpaca", {"instruction": "instruction", "input": "input", "output": "response", "system": "system"}),
-    ("system/user/assistant", {"instruction": "user", "output": "assistant", "system": "system"}),
-    (
-        "question/answer",
-        {"instruction": "question", "input": "context", "output": "answer", "system": "system"},
-    ),
+    ("alpaca", {"instruction": "instruction", "output": "output"}),
+    ("alpaca", {"instruction": "instruction", "output": "response"}),
+    ("system/user/assistant", {"instruction": "user", "output": "assistant"}),
+    ("question/answer", {"instruction": "question", "output": "answer"}),
     ("question/answer", {"instruction": "query", "output": "answer"}),
     ("prompt/completion", {"instruction": "prompt", "output": "completion"}),
     ("prompt/completion", {"instruction": "prompt", "output": "response"}),
+    ("tasks", {"instruction": "input", "options": "options", "gold_index": "gold_index"}),
+    ("tasks", {"instruction": "input", "output": "label"}),
+    ("classification", {"input": "sentence", "output": "label"}),
+    ("classification", {"input": "text", "output": "label"}),
 ]
-NEEDED = ("instruction", "output", "messages")
+# columns that are taken too where they are there and nothing else is: what a question is about, and the
+# system message
+OPTIONAL = (("input", "input"), ("input", "context"), ("system", "system"))
 
 
 def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, str]]:
     """Name of the schema and {our column: the data set's}. Ends with exit code 2 when the columns fit
     none."""
+    known = "; ".join(f"{name}: {' + '.join(needed.values())}" for name, needed in SCHEMAS)
     if column_map:
         unknown = [f"{key}={value}" for key, value in column_map.items() if value not in columns]
         wrong = [
@@ -243,18 +395,19 @@ def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, st
                 f"or messages; the columns are: {', '.join(columns)}"
             )
         return "COLUMN_MAP", column_map
-    for name, wanted in SCHEMAS:
-        if all(column in columns for ours, column in wanted.items() if ours in NEEDED):
-            schema = {ours: column for ours, column in wanted.items() if column in columns}
-            if "context" in columns and not {"input", "messages"} & set(schema):
-                schema["input"] = "context"  # databricks-dolly-15k: instruction, context, response
+    for name, needed in SCHEMAS:
+        if all(column in columns for column in needed.values()):
+            schema = dict(needed)
+            for ours, column in OPTIONAL if "messages" not in needed else ():
+                if ours not in schema and column in columns and column not in schema.values():
+                    schema[ours] = column
             return name, schema
-    known = "; ".join(dict.fromkeys(" + ".join(c for o, c in w.items() if o in NEEDED) for _, w in SCHEMAS))
-    first, last = (columns + ["?", "?"])[0], (columns or ["?"])[-1]
-    if len(columns) == 1 and ";" in first:
+    if len(columns) == 1 and ";" in columns[0]:
         fail(
-            f"the file has one column, {first!r}: its separator seems to be a semicolon; save it with commas"
+            f"the file has one column, {columns[0]!r}: its separator seems to be a semicolon; save it with "
+            f"commas"
         )
+    first, last = (columns + ["?", "?"])[0], (columns or ["?"])[-1]
     fail(
         f"the columns of the data set are not recognised: {', '.join(columns) or 'none'} (known: {known}); "
         f"name them, e.g.: --column_map instruction={first},output={last}"
@@ -264,23 +417,28 @@ def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, st
 # --- one row
 
 
-class BadRow(Exception):
-    """A row that cannot be learned from; its text is the reason, as counted in the manifest."""
-
-
-class BadFunction(Exception):
-    """What format_to_chatml returned is of no use; its text says why."""
-
-
 def normalise(row: object, schema: dict[str, str]) -> dict:
     """The row with the schema's columns under our names. Raises BadRow where an answer or a question is no
     text."""
+    if isinstance(row, BadRow):
+        raise row
     if not isinstance(row, dict):
         raise BadRow("not an object with columns")
     if None in row:  # csv's place for what no column is left for
         raise BadRow("more cells than columns (an unquoted comma?)")
-    example = {**row, **{ours: row.get(column) for ours, column in schema.items()}}
+    # a column that is called `input` but was not recognised as ours must not slip into the question
+    example = {**row, "input": "", "system": "", **{ours: row.get(column) for ours, column in schema.items()}}
+    if "options" in schema:
+        choices, index = example["options"], example["gold_index"]
+        if not isinstance(choices, list) or not isinstance(index, int) or not 0 <= index < len(choices):
+            raise BadRow("gold_index names none of the options")
+        example["output"] = choices[index]
+    if "instruction" not in schema and "messages" not in schema:  # a classification: the label is the answer
+        names = row.get("options") or []
+        among = f" as {', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else ""
+        example["instruction"] = f"Classify the {schema['input']}{among}." if example["input"] else None
     if "messages" in schema:
+        example["given"] = example["messages"]
         example["messages"] = normalise_messages(example["messages"])
         return example
     if isinstance(example["instruction"], list) and isinstance(
@@ -422,76 +580,251 @@ def check(prompt: list[dict], completion: list[dict], marks: list[str]) -> None:
 
 # --- all rows
 
+MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+COLUMNS = {"id": datasets.Value("string"), "prompt": [MESSAGE], "completion": [MESSAGE]}
+
+
+@dataclass
+class Tally:
+    """What became of the rows: how many were read, which were left out and why, what was changed in the
+    others."""
+
+    read: int = 0
+    dropped: collections.Counter = field(default_factory=collections.Counter)
+    examples: dict[str, list[str]] = field(default_factory=lambda: collections.defaultdict(list))
+    changed: collections.Counter = field(default_factory=collections.Counter)
+    long: list[int] = field(default_factory=list)  # tokens of each row over MAX_LENGTH; 0 where not counted
+
+    def drop(self, reason: str, place: str) -> None:
+        """Count a row that is left out; the places of the first three stand in the report."""
+        self.dropped[reason] += 1
+        if self.dropped[reason] <= 3:
+            self.examples[reason].append(place)
+
+
+class Ruler:
+    """Tells which rows are longer than max_length tokens, without tokenising those that cannot be.
+
+    A token is at least one byte, so a row of fewer bytes, its template's included, is short enough. What the
+    template adds depends on the roles alone. A tokenizer's longest token says from how many characters on a
+    row is too long whatever it holds: 50 MB would take minutes.
+    """
+
+    def __init__(self, tokenizer, max_length: int):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.longest = max(map(len, tokenizer.get_vocab()), default=1)
+        self.added: dict[tuple, int] = {}
+
+    def too_long(self, prompt: list[dict], completion: list[dict]) -> int | None:
+        """None where the row fits, else its tokens, or 0 where it is too long to count them.
+
+        Raises: BadRow where the chat template has no form for such a conversation (Gemma's: no system turn).
+        """
+        roles = tuple(message["role"] for message in prompt)
+        try:
+            if roles not in self.added:
+                bare = [{"role": role, "content": "x"} for role in roles], [{**completion[0], "content": "x"}]
+                text = "".join(files.render(self.tokenizer, *bare))
+                self.added[roles] = len(text.encode()) - len(roles) - 1
+            texts = [message["content"] for message in (*prompt, *completion)]
+            if self.added[roles] + sum(len(text.encode()) for text in texts) <= self.max_length:
+                return None
+            if sum(map(len, texts)) > self.max_length * self.longest:
+                return 0
+            tokens = sum(map(len, files.encode(self.tokenizer, prompt, completion)))
+        except (ValueError, jinja2.TemplateError) as error:
+            raise BadRow("conversation that the chat template cannot render") from error
+        return tokens if tokens > self.max_length else None
+
 
 def convert(
-    rows: list, schema: dict[str, str], tokenizer, max_length: int
-) -> tuple[list[dict], collections.Counter]:
-    """The rows that can be learned from as {id, prompt, completion}, and the number of the others by
-    reason."""
-    kept, dropped, seen = [], collections.Counter(), set()
-    marks = files.markers(tokenizer)
+    rows: Iterable[tuple[str, object]], schema: dict[str, str], tokenizer, max_length: int, tally: Tally
+) -> Iterator[dict]:
+    """The rows that can be learned from as {id, prompt, completion}; the others are counted in `tally`.
+
+    rows: (place, row). An id is a hash of the conversation: the same on any machine, whatever the order.
+    """
+    seen: set[str] = set()
+    marks, ruler = files.markers(tokenizer), Ruler(tokenizer, max_length)
     bar = tqdm(rows, desc="checking", unit=" rows")
-    for row in bar:
+    for place, row in bar:
+        tally.read += 1
         try:
             example = normalise(row, schema)
-            texts = [example[name] for name in schema if isinstance(example[name], str)]
             try:
                 formatted = format_to_chatml(example)
             except Exception as error:
-                place = error.__traceback__.tb_next
+                at = error.__traceback__.tb_next
                 raise BadFunction(
                     f"format_to_chatml raised {type(error).__name__}: {error}"
-                    f"{f' (line {place.tb_lineno})' if place else ''}; the row has: "
-                    f"{', '.join(map(str, example))}"
+                    f"{f' (line {at.tb_lineno})' if at else ''}; the row has: {', '.join(map(str, example))}"
                 ) from error
-            if isinstance(formatted, str) and any(mark in text for mark in STRING_MARKS for text in texts):
-                raise BadRow("template marker or special token in the text")
+            if isinstance(formatted, str):
+                texts = [example[name] for name in schema if isinstance(example[name], str)]
+                if any(mark in text for mark in STRING_MARKS for text in texts):
+                    raise BadRow("template marker or special token in the text")
             prompt, completion = to_conversation(example, formatted)
             check(prompt, completion, marks)
-            identity = files.rows_hash([{"prompt": prompt, "completion": completion}])[:16]
+            identity = files.content_hash(prompt + completion)
             if identity in seen:
                 raise BadRow("exact duplicate")
-            try:
-                size = len("".join(files.render(tokenizer, prompt, completion)).encode())
-            except (ValueError, jinja2.TemplateError) as error:  # e.g. Gemma's: no system turn
-                raise BadRow("conversation that the chat template cannot render") from error
-            # a token is at least one byte, so a short row need not be tokenised
-            if size > max_length and sum(map(len, files.encode(tokenizer, prompt, completion))) > max_length:
+            tokens = ruler.too_long(prompt, completion)
+            if tokens is not None:
+                tally.long.append(tokens)
                 raise BadRow(f"longer than {max_length} tokens")
         except BadFunction as mistake:
             bar.close()  # or the sentence would stand behind the bar, on its line
             fail(mistake)
         except BadRow as reason:
-            dropped[str(reason)] += 1
+            tally.drop(str(reason), place)
             continue
+        if isinstance(formatted, str) and completion[0]["content"] != example["output"]:
+            tally.changed["white space around the answer removed"] += 1
+        if "messages" in schema and len(prompt) + 1 < len(example["given"]):
+            tally.changed["turns behind the last answer removed"] += 1
         seen.add(identity)
-        kept.append({"id": identity, "prompt": prompt, "completion": completion})
-    return kept, dropped
+        yield {"id": identity, "prompt": prompt, "completion": completion}
 
 
-def split_rows(rows: list[dict], fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """(train, eval) with `part` in eval. Rows with the same question stay together, so no answer is seen in
-    training.
+def write_arrow(rows: Iterable[dict], path: Path) -> tuple[datasets.Dataset, np.ndarray, np.ndarray]:
+    """(rows, ids, questions): the rows in an Arrow file, written piece by piece, so that memory does not
+    grow.
 
-    The place of a row depends on its question and the seed alone, not on its place in the file.
+    ids: shape (rows,), bytes. questions: shape (rows,), uint64; two are equal where the prompts are, but for
+    case and spacing.
     """
-    groups: dict[str, list[dict]] = collections.defaultdict(list)
-    for row in rows:
-        question = " ".join(" ".join(m["content"] for m in row["prompt"]).lower().split())
-        groups[hashlib.sha256(f"{seed}\n{question}".encode()).hexdigest()].append(row)
-    wanted = round(fraction * len(rows))
-    train, validation, test = [], [], []
-    for key in sorted(groups):
-        part = (
-            validation
-            if len(validation) < wanted // 2
-            else test
-            if len(test) < wanted - wanted // 2
-            else train
+    rows, schema = iter(rows), datasets.Features(COLUMNS).arrow_schema
+    ids, questions = [], []
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        while chunk := list(itertools.islice(rows, 1000)):
+            ids += [row["id"] for row in chunk]
+            questions += [digest(" ".join(asked(row["prompt"]).split())) for row in chunk]
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(chunk, schema))
+    return datasets.Dataset.from_file(str(path)), np.array(ids, "S16"), np.array(questions, np.uint64)
+
+
+def asked(prompt: list[dict]) -> str:
+    """What a prompt asks, in lower case. A system message is often the same in all rows and would make them
+    alike."""
+    return " ".join(message["content"] for message in prompt if message["role"] != "system").lower()
+
+
+def digest(text: str) -> int:
+    """64 bits of a hash that is the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+# --- the split: no prompt, and none that nearly equals it, on two sides
+
+# Two prompts land in one bucket when all hashes of a band agree: with 32 bands of 6, prompts of similarity
+# 0.8 meet at least once with a probability of 0.9999 (computed), and prompts of 0.3 with one of 0.02.
+BANDS, HASHES = 32, 6
+# 192 hashes estimate a similarity to within 0.1 (three standard errors). Too much kept together costs
+# nothing.
+SLACK = 0.1
+# what is kept of a prompt: the keys of its buckets, and the low bytes of its MinHash
+SIGNED = np.dtype([("bands", "u8", BANDS), ("prints", "u1", BANDS * HASHES)])
+
+
+def signer() -> Callable[[dict], dict]:
+    """The function that reads a batch of rows into SIGNED records, as bytes."""
+    sketch = MinHash(num_perm=BANDS * HASHES, seed=1, hashfunc=int)
+    powers = np.array([31**n for n in range(5)], np.uint32)
+    mix = np.random.default_rng(1).integers(1, 2**63, HASHES + 1, np.uint64) * np.uint64(2) + np.uint64(1)
+
+    def sign(batch: dict) -> dict:
+        signed = np.empty(len(batch["prompt"]), SIGNED)
+        for row, prompt in enumerate(batch["prompt"]):
+            words = re.sub(r"\W+", " ", asked(prompt)).strip()
+            figures = np.array([digest(" ".join(sorted(re.findall(r"\d+", words))))], np.uint64)
+            letters = np.frombuffer(words.ljust(5).encode("utf-32-le"), np.uint32)
+            pieces = sum(letters[n : len(letters) - 4 + n] * power for n, power in enumerate(powers))
+            sketch.clear()
+            sketch.update_batch(pieces.tolist())
+            hashes = sketch.hashvalues.reshape(BANDS, HASHES).astype(np.uint64)
+            signed["bands"][row] = hashes @ mix[:HASHES] + figures * mix[HASHES]
+            signed["prints"][row] = sketch.hashvalues.astype(np.uint8)
+        return {"signed": [record.tobytes() for record in signed]}
+
+    return sign
+
+
+def find_groups(
+    rows: datasets.Dataset, ids: np.ndarray, questions: np.ndarray, threshold: float | None
+) -> np.ndarray:
+    """The group of each row, shape (rows,), int: rows whose prompts are equal or nearly equal are one group.
+
+    Nearly equal: the same figures, and a Jaccard similarity of their 5-character pieces, in lower case and
+    without punctuation, of at least `threshold` as MinHash estimates it (Broder 1997; datasketch), found by
+    locality-sensitive hashing (Leskovec, Rajaraman and Ullman 2014, chapter 3); groups are the connected
+    components, numbered by their smallest id. datasketch's own index keeps a Python object a bucket; sorting
+    each band does the same in 448 bytes a row.
+    """
+    order = np.argsort(ids)  # the order of the file must not matter
+    pairs = []
+
+    def link(keys: np.ndarray, reach: int, alike: float) -> None:
+        """Pair the rows of one key, each with the next ones up to `reach`, where they are alike enough."""
+        by_key = np.argsort(keys, kind="stable")
+        for step in range(1, min(reach, len(keys) - 1) + 1):
+            left, right = by_key[:-step], by_key[step:]
+            found = np.flatnonzero(keys[left] == keys[right])
+            if not len(found):
+                return
+            for some in np.array_split(found, len(found) // 100_000 + 1):  # in portions, for memory
+                a, b = left[some], right[some]
+                if alike:
+                    near = (signed["prints"][a] == signed["prints"][b]).mean(axis=1) >= alike
+                    a, b = a[near], b[near]
+                pairs.append((a, b))
+
+    link(questions[order], 1, 0)
+    if threshold is not None:
+        workers = min(os.cpu_count() or 1, 8) if len(rows) > 20_000 else None
+        records = rows.map(
+            signer(),
+            batched=True,
+            num_proc=workers,
+            remove_columns=rows.column_names,
+            new_fingerprint="signed",
+            desc="comparing prompts",
         )
-        part.extend(sorted(groups[key], key=lambda row: row["id"]))
-    held_out = [{**row, "part": "validation"} for row in validation]
-    return train, held_out + [{**row, "part": "test"} for row in test]
+        signed = np.frombuffer(b"".join(records.data["signed"].to_pylist()), SIGNED)[order]
+        for band in signed["bands"].T:
+            link(band, 8, threshold - SLACK)
+    left, right = (np.concatenate([pair[side] for pair in pairs] or [np.array([], int)]) for side in (0, 1))
+    edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(len(ids), len(ids)))
+    _, component = csgraph.connected_components(edges, directed=False)
+    _, first, component = np.unique(component, return_index=True, return_inverse=True)
+    groups = np.empty(len(ids), int)
+    groups[order] = first[component]  # the place of the group's smallest id
+    return groups
+
+
+def split_rows(ids: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> dict[str, np.ndarray]:
+    """{"train", "validation", "test"}: numbers of the rows of each part. A group is never divided.
+
+    Groups come in an order that depends on their smallest id and the seed alone, not on their place in the
+    file; a group that is larger than what is left of a held-out part goes on to the next one.
+    """
+    wanted = round(fraction * len(ids))
+    room = {"validation": wanted // 2, "test": wanted - wanted // 2}
+    numbers, sizes = np.unique(groups, return_counts=True)
+    smallest = np.sort(ids)[numbers]
+    turn = [hashlib.sha256(f"{seed}\n{id.decode()}".encode()).digest() for id in smallest]
+    turns = sorted(range(len(numbers)), key=turn.__getitem__)
+    part = np.zeros(len(numbers), np.uint8)  # 0 is train
+    for group in turns:
+        for number, name in enumerate(room, 1):
+            if not part[group] and sizes[group] <= room[name]:
+                part[group], room[name] = number, room[name] - sizes[group]
+        if not any(room.values()):
+            break
+    place = np.empty(len(numbers), int)
+    place[turns] = np.arange(len(numbers))
+    of_row = np.searchsorted(numbers, groups)
+    order = np.lexsort((ids, place[of_row]))
+    return {name: order[part[of_row[order]] == n] for n, name in enumerate(("train", *room))}
 
 
 def choose_prompts(rows: list[dict], number: int) -> list[dict]:
@@ -504,28 +837,95 @@ def choose_prompts(rows: list[dict], number: int) -> list[dict]:
     ]
 
 
-def save(data_dir: str, train: list[dict], held_out: list[dict], prompts: list[dict], manifest: dict) -> None:
-    """Write everything beside the old data, then put it in place; the manifest is the last to come."""
-    message = {"role": datasets.Value("string"), "content": datasets.Value("string")}
-    columns = {"id": datasets.Value("string"), "prompt": [message], "completion": [message]}
-    folder = Path(data_dir)
-    for left in folder.glob(".new-*"):  # by a run that was killed; nobody else writes while we hold the lock
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as staged:
-        new = Path(staged)
-        for name, rows, extra in (
-            ("train", train, {}),
-            ("eval", held_out, {"part": datasets.Value("string")}),
-        ):
-            features = datasets.Features({**columns, **extra})
-            datasets.Dataset.from_list(rows, features=features).save_to_disk(str(new / name))
-        (folder / "manifest.json").unlink(
-            missing_ok=True
-        )  # from here to the end, data/ says of itself: not complete
-        for name in ("train", "eval"):
-            files.put_folder(new / name, folder / name)
-        files.write_json(folder / "test_prompts.json", prompts)
-        files.write_json(folder / "manifest.json", manifest)
+# --- report
+
+SAMPLE = 2000  # rows whose tokens are counted
+
+
+def report(
+    manifest: dict, rows: datasets.Dataset, ids: np.ndarray, tokenizer, long: list[int], folder: Path
+) -> None:
+    """dataset_report.md and length_histogram.png: how long the rows are, what was left out, what the model
+    will see.
+
+    Lengths are those of the SAMPLE rows with the smallest ids, and of every row that was too long.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sample = rows.select(np.argsort(ids)[:SAMPLE])
+    lengths = np.sort([sum(map(len, files.encode(tokenizer, r["prompt"], r["completion"]))) for r in sample])
+    over = np.sort([n if n else np.inf for n in long])
+    limit, whole = manifest["settings"]["MAX_LENGTH"], len(rows) + len(over)
+
+    def fit(tokens: float) -> float:
+        return ((lengths <= tokens).mean() * len(rows) + (over <= tokens).sum()) / whole
+
+    candidates = np.concatenate([lengths, over[np.isfinite(over)]])
+    keeps = next((int(n) for n in candidates if fit(n) >= 0.99), None)
+    figure, axis = pyplot.subplots(figsize=(7, 3))
+    axis.hist(lengths, bins=50, color="#4477aa")
+    axis.axvline(limit, color="#cc6677", linestyle="--", label=f"MAX_LENGTH = {limit}")
+    axis.set_xlabel("tokens of prompt and answer")
+    axis.set_ylabel(f"rows of {len(lengths)}")
+    axis.legend()
+    figure.savefig(folder / "length_histogram.png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+    n, groups = manifest["rows"], manifest["groups"]
+    lines = [f"# Data set report: {manifest['source']}", ""]
+    lines += [
+        f"{n['read']:,} rows read as {manifest['schema']['name']}, {n['kept']:,} kept: {n['train']:,} to "
+        f"train on, "
+        f"{n['validation']:,} to validate and {n['test']:,} to test.",
+        f"Prompts that are equal or nearly equal stay on one side: {groups['groups']:,} groups, the largest "
+        f"of "
+        f"{groups['largest']:,} rows; {groups['same_prompt']:,} rows share their prompt with another row "
+        f"that answers "
+        f"it otherwise.",
+        "",
+        "## Lengths",
+        "",
+        "![tokens per row](length_histogram.png)",
+        "",
+        f"Tokens of prompt and answer in the model's template, counted on {len(lengths):,} rows; median "
+        f"{int(np.median(lengths))}.",
+        "",
+        "| MAX_LENGTH | rows that fit |",
+        "|---|---|",
+        *(f"| {tokens} | {100 * fit(tokens):.1f} % |" for tokens in (512, 1024, 2048)),
+        "",
+        f"99 % of the rows fit at MAX_LENGTH = {keeps}."
+        if keeps
+        else "99 % of the rows fit at no length counted.",
+        "",
+        "## Left out",
+        "",
+    ]
+    if n["dropped"]:
+        lines += ["| reason | rows | examples |", "|---|---|---|"]
+        examples = manifest["dropped_examples"]
+        lines += [
+            f"| {why} | {count:,} | {', '.join(examples[why])} |" for why, count in n["dropped"].items()
+        ]
+    else:
+        lines += ["Nothing."]
+    lines += ["", "## Changed", ""]
+    lines += [f"- {what}: {count:,} rows" for what, count in manifest["changed"].items()] or ["Nothing."]
+    lines += [
+        "",
+        "## What the model will see",
+        "",
+        "The part between ⟦ and ⟧ is trained; the rest is only read.",
+    ]
+    for row in sample.select(range(min(3, len(sample)))):
+        before, after = files.render(tokenizer, row["prompt"], row["completion"])
+        text = f"{before[-3000:]}⟦{after[:3000]}⟧"
+        fence = "~" * max(3, *(len(run) + 1 for run in re.findall("~+", text)), 3)
+        lines += ["", fence, text, fence]
+    files.write_text(folder / "dataset_report.md", "\n".join(lines) + "\n")
 
 
 def problems(settings: dict) -> list[str]:
@@ -539,77 +939,128 @@ def problems(settings: dict) -> list[str]:
         found.append(
             f"MAX_DROP_FRACTION is {settings['MAX_DROP_FRACTION']}; it is a share: --max_drop_fraction 0.2"
         )
+    if not 0.3 <= (settings["NEAR_DUPLICATE_THRESHOLD"] or 1) <= 1:
+        found.append(
+            f"NEAR_DUPLICATE_THRESHOLD is {settings['NEAR_DUPLICATE_THRESHOLD']}; it is a similarity from "
+            f"0.3 to 1, "
+            f"or none: --near_duplicate_threshold 0.8"
+        )
     for name in ("MAX_LENGTH", "NUM_TEST_PROMPTS"):
         if settings[name] < 1:
             found.append(f"{name} is {settings[name]}; it must be at least 1")
     return found
 
 
+def stop_at_too_many(tally: Tally) -> None:
+    """End with exit code 2 when more than MAX_DROP_FRACTION of the rows had to be left out."""
+    # a duplicate is no fault of the data that a setting could mend
+    faults = tally.dropped - collections.Counter({"exact duplicate": tally.dropped["exact duplicate"]})
+    if faults.total() <= MAX_DROP_FRACTION * tally.read:
+        return
+    reason, number = faults.most_common(1)[0]
+    share = min(faults.total() / tally.read + 0.01, 1)
+    accept = (
+        f", or accept it with: --max_drop_fraction {share:.2f}" if tally.read > tally.dropped.total() else ""
+    )
+    fail(
+        f"{faults.total()} of {tally.read} rows cannot be used, more than "
+        f"MAX_DROP_FRACTION={MAX_DROP_FRACTION} "
+        f"allows; most: {number} x {reason} ({', '.join(tally.examples[reason])}); mend the data{accept}"
+    )
+
+
 def main() -> None:
     settings = {name: globals()[name] for name in read_constants(__file__)}
     if found := problems(settings):
         fail(*found)
-    with files.lock(DATA_DIR):
-        # --- read
-        tokenizer = files.load_tokenizer(MODEL_NAME, MODEL_REVISION, PROMPT_FORMAT)
-        rows, dropped = read_rows(DATASET_NAME, DATASET_CONFIG, DATASET_SPLIT, DATASET_REVISION)
-        read = len(rows) + dropped.total()
-        if not rows:
-            fail(f"DATASET_NAME {DATASET_NAME!r} holds no rows; give a data set that does")
-        columns = list(dict.fromkeys(c for row in rows[:1000] if isinstance(row, dict) for c in row if c))
-        schema_name, schema = find_schema(columns, COLUMN_MAP)
-        files.say(f"{DATASET_NAME}: {read} rows, columns {', '.join(columns)}: read as {schema_name}")
+    folder = Path(DATA_DIR)
+    with files.lock(folder):
+        for left in folder.glob(
+            ".new-*"
+        ):  # by a run that was killed; nobody else writes while we hold the lock
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as work:
+            new = Path(work, "data")
+            new.mkdir()
 
-        # --- check and split
-        kept, bad = convert(rows, schema, tokenizer, MAX_LENGTH)
-        dropped += bad
-        for reason, number in dropped.most_common():
-            files.say(f"  left out: {number} x {reason}")
-        # a duplicate is no fault of the data that a setting could mend
-        faulty = dropped.total() - dropped["exact duplicate"]
-        if faulty > MAX_DROP_FRACTION * read:
-            worst, number = (
-                dropped - collections.Counter({"exact duplicate": dropped["exact duplicate"]})
-            ).most_common(1)[0]
-            accept = (
-                f", or accept it with: --max_drop_fraction {min(faulty / read + 0.01, 1):.2f}" if kept else ""
-            )
-            fail(
-                f"{faulty} of {read} rows cannot be used, more than MAX_DROP_FRACTION={MAX_DROP_FRACTION} "
-                f"allows; most: {number} x {worst}; mend the data{accept}"
-            )
-        train, held_out = split_rows(kept, EVAL_FRACTION, SEED)
-        sizes = collections.Counter(row["part"] for row in held_out)
-        if not train or not sizes["validation"] or not sizes["test"]:
-            fail(
-                f"{len(kept)} usable rows give {len(train)} to train on, {sizes['validation']} to "
-                f"validate and "
-                f"{sizes['test']} to test; each needs one: add rows"
-                f"{', or --eval_fraction 0.2' if EVAL_FRACTION < 0.2 and len(kept) > 9 else ''}"
-            )
+            # --- read and check
+            tokenizer = files.load_tokenizer(MODEL_NAME, MODEL_REVISION, PROMPT_FORMAT)
+            source = read_rows(DATASET_NAME, DATASET_CONFIG, DATASET_SPLIT, DATASET_REVISION)
+            first = list(itertools.islice(source, 1000))
+            if all(isinstance(row, BadRow) for _, row in first):
+                fail(f"DATASET_NAME {DATASET_NAME!r} holds no rows; give a data set that does")
+            columns = list(dict.fromkeys(c for _, row in first if isinstance(row, dict) for c in row if c))
+            schema_name, schema = find_schema(columns, COLUMN_MAP)
+            files.say(f"{DATASET_NAME}: columns {', '.join(columns)}: read as {schema_name}")
+            tally = Tally()
+            kept = convert(itertools.chain(first, source), schema, tokenizer, MAX_LENGTH, tally)
+            rows, ids, questions = write_arrow(kept, Path(work, "rows.arrow"))
+            for reason, number in tally.dropped.most_common():
+                files.say(f"  left out: {number} x {reason} ({', '.join(tally.examples[reason])})")
+            stop_at_too_many(tally)
 
-        # --- write
-        prompts = choose_prompts([row for row in held_out if row["part"] == "test"], NUM_TEST_PROMPTS)
-        manifest = {
-            "source": DATASET_NAME,
-            "revision": DATASET_REVISION,
-            "schema": {"name": schema_name, "columns": schema},
-            "settings": settings,
-            "seed": SEED,
-            "rows": {
-                "read": read,
-                "kept": len(kept),
-                "dropped": dict(dropped.most_common()),
-                "train": len(train),
-                "validation": sizes["validation"],
-                "test": sizes["test"],
-            },
-            "sha256": {"train": files.rows_hash(train), "eval": files.rows_hash(held_out)},
-        }
-        save(DATA_DIR, train, held_out, prompts, manifest)
+            # --- split
+            groups = find_groups(rows, ids, questions, NEAR_DUPLICATE_THRESHOLD)
+            parts = split_rows(ids, groups, EVAL_FRACTION, SEED)
+            sizes = {name: len(numbers) for name, numbers in parts.items()}
+            largest = int(np.bincount(groups).max()) if len(groups) else 0
+            if not all(sizes.values()):
+                mend = "add rows"
+                if largest > max(len(ids) // 2, 2) and NEAR_DUPLICATE_THRESHOLD is not None:
+                    mend = (
+                        f"{largest} of their prompts are nearly equal and must stay on one side: "
+                        f"--near_duplicate_threshold 0.95, or none"
+                    )
+                elif EVAL_FRACTION < 0.2 and len(ids) > 9:
+                    mend += ", or --eval_fraction 0.2"
+                fail(
+                    f"{len(ids)} usable rows give {sizes['train']} to train on, {sizes['validation']} to "
+                    f"validate and "
+                    f"{sizes['test']} to test; each needs one: {mend}"
+                )
+
+            # --- write
+            marks = ["validation"] * sizes["validation"] + ["test"] * sizes["test"]
+            held_out = np.concatenate([parts["validation"], parts["test"]])
+            hashes = {
+                "train": files.split_hash(ids[parts["train"]].astype(str)),
+                "eval": files.split_hash(ids[held_out].astype(str), marks),
+            }
+            # the library's name for its cache; by itself it would differ from run to run
+            train = rows.select(parts["train"], new_fingerprint=hashes["train"][:16])
+            held_out = rows.select(held_out).add_column("part", marks, new_fingerprint=hashes["eval"][:16])
+            train.save_to_disk(new / "train")
+            held_out.save_to_disk(new / "eval")
+            prompts = choose_prompts(rows.select(parts["test"]).to_list(), NUM_TEST_PROMPTS)
+            manifest = {
+                "source": DATASET_NAME,
+                "revision": DATASET_REVISION,
+                "schema": {"name": schema_name, "columns": schema},
+                "settings": settings,
+                "seed": SEED,
+                "rows": {
+                    "read": tally.read,
+                    "kept": len(ids),
+                    "dropped": dict(tally.dropped.most_common()),
+                    **sizes,
+                },
+                "dropped_examples": dict(tally.examples),
+                "changed": dict(tally.changed.most_common()),
+                "groups": {
+                    "groups": len(np.unique(groups)),
+                    "largest": largest,
+                    "same_prompt": int(sum(n for n in np.unique(questions, return_counts=True)[1] if n > 1)),
+                },
+                "sha256": hashes,
+            }
+            files.write_json(new / "test_prompts.json", prompts)
+            report(manifest, rows, ids, tokenizer, tally.long, new)
+            files.write_json(new / "manifest.json", manifest)
+            files.put_all(new, folder)
     files.say(
-        f"done: {len(train)} rows to train on in {DATA_DIR}/train, {sizes['validation']} to validate and "
-        f"{sizes['test']} to test in {DATA_DIR}/eval, {len(prompts)} test prompts"
+        f"done: {sizes['train']} rows to train on in {DATA_DIR}/train, {sizes['validation']} to validate and "
+        f"{sizes['test']} to test in {DATA_DIR}/eval, {len(prompts)} test prompts; look at "
+        f"{DATA_DIR}/dataset_report.md"
     )
     if sizes["test"] < 100:
         files.say(

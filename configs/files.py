@@ -8,6 +8,7 @@ conversation becomes.
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 
 from configs.settings import fail
@@ -96,6 +98,45 @@ def put_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def put_all(staged: Path, folder: Path) -> None:
+    """Move everything in `staged` to `folder`, in place of what has the same names there: all or nothing.
+
+    What is replaced waits in `folder`/.old until all is done; while .old exists, the exchange is unfinished,
+    and `roll_back` undoes it: at once when a move fails, at the next run or reading when this process was
+    killed.
+    """
+    roll_back(folder)
+    old, names = folder / ".old", sorted(path.name for path in staged.iterdir())
+    old.mkdir()
+    write_json(old / ".names", {name: (folder / name).exists() for name in names})
+    try:
+        for name in names:
+            if (folder / name).exists():
+                (folder / name).rename(old / name)
+        for name in names:
+            (staged / name).rename(folder / name)
+        old.rename(folder / ".done")  # from this moment on, the new content counts
+    except BaseException:
+        roll_back(folder)
+        raise
+    shutil.rmtree(folder / ".done", ignore_errors=True)
+
+
+def roll_back(folder: Path) -> None:
+    """Undo an exchange of `put_all` that was cut off: the folder is as it was before. Nothing where none
+    was."""
+    old = folder / ".old"
+    with contextlib.suppress(OSError, ValueError):  # without the list, nothing was moved yet
+        for name, was_there in json.loads((old / ".names").read_text("utf-8")).items():
+            path = folder / name
+            if (old / name).exists() or not was_there:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if (old / name).exists():
+                (old / name).rename(path)
+    for left in (old, folder / ".done"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def lock(folder: str | Path):
     """Let one run at a time write into a folder. The lock dies with its process, so a killed run leaves none
@@ -145,14 +186,19 @@ def read_json(path: str | Path, mend: str, needs: tuple[str, ...] = ()) -> dict:
         fail(f"{path} cannot be read ({error}); write it anew with: {mend}")
 
 
-def rows_hash(rows) -> str:
-    """sha256 over rows in order, each as one canonical JSON line: the same on every machine and library
-    version."""
+def content_hash(messages: list[dict]) -> str:
+    """The id of a row, 16 hexadecimal digits: a hash of its prompt and completion, the same on every
+    machine."""
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+    for message in messages:
+        digest.update(f"{message['role']}:{len(message['content'])}:{message['content']}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def split_hash(ids: Iterable[str], parts: Iterable[str] = ()) -> str:
+    """sha256 of a split: over the ids of its rows in order, each with its part where there is one."""
+    lines = map(" ".join, itertools.zip_longest(ids, parts, fillvalue=""))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_manifest(data_dir: str | Path) -> dict:
@@ -162,6 +208,9 @@ def read_manifest(data_dir: str | Path) -> dict:
     Raises: SystemExit(2) when the data are missing or incomplete.
     """
     path = Path(data_dir) / "manifest.json"
+    if (Path(data_dir) / ".old").is_dir():  # a run of step 1 was killed while it exchanged the files
+        with lock(data_dir):
+            roll_back(Path(data_dir))
     there = sorted(p.name for p in Path(data_dir).glob("[!.]*")) if Path(data_dir).is_dir() else []
     if not path.exists():
         found = f"{data_dir} holds only {', '.join(there)}" if there else f"{data_dir} is empty"

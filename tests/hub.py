@@ -47,6 +47,7 @@ class _Repo:
     name: str
     gated: bool
     main: str = ""
+    refs: dict[str, str] = field(default_factory=dict)  # other branches, e.g. refs/convert/parquet
     commits: dict[str, dict[str, _File]] = field(default_factory=dict)
 
 
@@ -121,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             raise _Refusal(404, "Repository not found", "RepoNotFound")
         revision = unquote(revision or "main")
-        commit = repo.main if revision in ("main", "refs/heads/main") else revision
+        commit = repo.main if revision in ("main", "refs/heads/main") else repo.refs.get(revision, revision)
         if commit not in repo.commits:
             raise _Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return repo, commit
@@ -290,14 +291,17 @@ class Hub:
             "models", name, {path.as_posix(): (folder / path).read_bytes() for path in visible}, gated
         )
 
-    def add_dataset(self, name: str, files: dict[str, bytes], gated: bool = False) -> str:
+    def add_dataset(
+        self, name: str, files: dict[str, bytes], gated: bool = False, branch: str = "main"
+    ) -> str:
         """Serve `files` (path inside the repository -> content) as the data set `name`; return the commit id.
 
-        A second call with the same name is a new commit, as in add_model. Raises ValueError for no files.
+        A second call with the same name is a new commit, as in add_model. branch: where the commit goes, e.g.
+        refs/convert/parquet. Raises ValueError for no files.
         """
-        return self._add("datasets", name, files, gated)
+        return self._add("datasets", name, files, gated, branch)
 
-    def _add(self, kind: str, name: str, files: dict[str, bytes], gated: bool) -> str:
+    def _add(self, kind: str, name: str, files: dict[str, bytes], gated: bool, branch: str = "main") -> str:
         if not files:
             raise ValueError(f"{name}: nothing to serve")
         commit_files = {path: _File(path, data) for path, data in sorted(files.items())}
@@ -306,7 +310,11 @@ class Hub:
         commit = hashlib.sha1(f"{kind} {name}\n{listing}".encode()).hexdigest()
         repo = self.repos.setdefault((kind, name), _Repo(kind, name, gated))
         repo.commits[commit] = commit_files
-        repo.main, repo.gated = commit, gated
+        repo.gated = gated
+        if branch == "main":
+            repo.main = commit
+        else:
+            repo.refs[branch] = commit
         return commit
 
     def env(self, home: Path) -> dict[str, str]:

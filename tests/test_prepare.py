@@ -81,6 +81,17 @@ def exit_2(capsys, *said: str):
         assert words in errors[0], (words, errors)
 
 
+def convert(step, rows: list, schema: dict, tokenizer, max_length: int) -> tuple[list, collections.Counter]:
+    """The rows that are kept, and the number of the others by reason."""
+    tally = step.Tally()
+    places = ((f"row {n}", row) for n, row in enumerate(rows, 1))
+    kept = list(step.convert(places, schema, tokenizer, max_length, tally))
+    assert tally.read == len(rows) == len(kept) + tally.dropped.total()
+    for reason, number in tally.dropped.items():
+        assert len(tally.examples[reason]) == min(number, 3)
+    return kept, tally.dropped
+
+
 def rows_of(part: str = "train", folder: Path | str = "data") -> list[dict]:
     return list(datasets.load_from_disk(f"{folder}/{part}"))
 
@@ -129,7 +140,7 @@ STYLES = {
 
 def converted(step, tokenizer, function, rows: list[dict], schema: dict = ALPACA):
     step.format_to_chatml = function
-    return step.convert(rows, schema, tokenizer, 1024)
+    return convert(step, rows, schema, tokenizer, 1024)
 
 
 @pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n", "</s>", " </s>", "<|endoftext|>", "\n"])
@@ -341,7 +352,7 @@ You are a financial advisor.<|im_end|>
 )
 def test_each_family_of_columns_is_recognised(step, tokenizer, row):
     _, schema = step.find_schema(["id", *row, "source"], {})
-    kept, dropped = step.convert([{"id": 7, "source": "x", **row}], schema, tokenizer, 1024)
+    kept, dropped = convert(step, [{"id": 7, "source": "x", **row}], schema, tokenizer, 1024)
     assert not dropped
     assert (kept[0]["prompt"], kept[0]["completion"]) == ([user("Q?")], [assistant("A.")])
 
@@ -358,7 +369,7 @@ def test_each_family_of_columns_is_recognised(step, tokenizer, row):
 )
 def test_context_that_the_question_needs_is_not_lost(step, tokenizer, row):
     _, schema = step.find_schema(list(row), {})
-    kept, _ = step.convert([row], schema, tokenizer, 1024)
+    kept, _ = convert(step, [row], schema, tokenizer, 1024)
     assert kept[0]["prompt"] == [user("Q?\n\nFacts.")]
 
 
@@ -366,7 +377,7 @@ def test_a_system_column_becomes_the_system_message(step, tokenizer):
     row = {"system": "Be brief.", "user": "Q?", "assistant": "A."}
     name, schema = step.find_schema(list(row), {})
     assert name == "system/user/assistant"
-    assert step.convert([row], schema, tokenizer, 1024)[0][0]["prompt"] == [system("Be brief."), user("Q?")]
+    assert convert(step, [row], schema, tokenizer, 1024)[0][0]["prompt"] == [system("Be brief."), user("Q?")]
 
 
 def test_messages_win_over_other_columns(step):
@@ -401,8 +412,8 @@ def test_a_wrong_column_map_names_the_columns(step, capsys, column_map, said):
 
 def test_a_column_map_for_messages(step, tokenizer):
     name, schema = step.find_schema(["dialogue", "output"], {"messages": "dialogue"})
-    kept, _ = step.convert(
-        [{"dialogue": [user("Q?"), assistant("A.")], "output": 3}], schema, tokenizer, 1024
+    kept, _ = convert(
+        step, [{"dialogue": [user("Q?"), assistant("A.")], "output": 3}], schema, tokenizer, 1024
     )
     assert (name, answer(kept[0])) == ("COLUMN_MAP", "A.")
 
@@ -411,8 +422,10 @@ def test_a_column_map_for_messages(step, tokenizer):
 
 
 def read(step, path: Path) -> tuple[list, dict]:
-    rows, unreadable = step.read_rows(str(path), None, "train", None)
-    return rows, dict(unreadable)
+    """The rows that can be read, and the number of the others by reason."""
+    rows = [row for _, row in step.read_rows(str(path), None, "train", None)]
+    bad = collections.Counter(str(row) for row in rows if isinstance(row, step.BadRow))
+    return [row for row in rows if not isinstance(row, step.BadRow)], dict(bad)
 
 
 def as_lines(rows: list) -> str:
@@ -613,7 +626,7 @@ BAD_CHATS = [
 @pytest.mark.parametrize("row, reason", BAD_ROWS, ids=lambda value: value if isinstance(value, str) else "")
 def test_each_kind_of_bad_row_is_counted_by_its_reason(step, tokenizer, row, reason):
     good = {"instruction": "Q?", "input": "", "output": "A."}
-    kept, dropped = step.convert([row, good], {**ALPACA, "system": "system"}, tokenizer, 1024)
+    kept, dropped = convert(step, [row, good], {**ALPACA, "system": "system"}, tokenizer, 1024)
     assert [(question(row), answer(row)) for row in kept] == [("Q?", "A.")]
     assert dropped == {reason: 1}
 
@@ -622,7 +635,7 @@ def test_each_kind_of_bad_row_is_counted_by_its_reason(step, tokenizer, row, rea
     "messages, reason", BAD_CHATS, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_each_kind_of_bad_conversation_is_counted_by_its_reason(step, tokenizer, messages, reason):
-    assert step.convert([{"messages": messages}], {"messages": "messages"}, tokenizer, 1024) == (
+    assert convert(step, [{"messages": messages}], {"messages": "messages"}, tokenizer, 1024) == (
         [],
         {reason: 1},
     )
@@ -632,14 +645,14 @@ def test_each_kind_of_bad_conversation_is_counted_by_its_reason(step, tokenizer,
 def test_half_a_surrogate_pair_drops_its_row(step, tokenizer, column):
     # json.loads reads "\ud83d" gladly, and nothing behind it can write it
     row = json.loads('{"instruction": "Q?", "input": "", "output": "A."}') | {column: "x\ud83d"}
-    kept, dropped = step.convert([row], ALPACA, tokenizer, 1024)
+    kept, dropped = convert(step, [row], ALPACA, tokenizer, 1024)
     assert kept == [] and dropped.total() == 1
 
 
 def test_an_exact_duplicate_is_dropped_and_a_near_one_kept(step, tokenizer):
     rows = [{"instruction": "Q?", "input": "", "output": text} for text in ("A.", "A.", "A", "A.", "a.")]
     rows.append({"instruction": "Q?", "input": None, "output": "A.", "source": "elsewhere"})
-    kept, dropped = step.convert(rows, ALPACA, tokenizer, 1024)
+    kept, dropped = convert(step, rows, ALPACA, tokenizer, 1024)
     assert [answer(row) for row in kept] == ["A.", "A", "a."]
     assert dropped == {"exact duplicate": 3}
     assert len({row["id"] for row in kept}) == 3
@@ -647,8 +660,8 @@ def test_an_exact_duplicate_is_dropped_and_a_near_one_kept(step, tokenizer):
 
 def test_a_conversation_of_several_turns_is_kept_whole(step, tokenizer):
     turns = [system("S"), user("Q1"), assistant("A1"), user("Q2"), assistant("A2")]
-    kept, _ = step.convert(
-        [{"messages": [*turns, user("Thanks")]}], {"messages": "messages"}, tokenizer, 1024
+    kept, _ = convert(
+        step, [{"messages": [*turns, user("Thanks")]}], {"messages": "messages"}, tokenizer, 1024
     )
     assert (kept[0]["prompt"], kept[0]["completion"]) == (turns[:-1], turns[-1:])
 
@@ -661,7 +674,7 @@ def test_length_is_measured_in_tokens_of_the_rendered_row(step, tokenizer):
     ]
     assert lengths == sorted(set(lengths))
     for limit in (lengths[0] - 1, lengths[0], lengths[4], lengths[-1] - 1, lengths[-1]):
-        kept, dropped = step.convert(rows, ALPACA, tokenizer, limit)
+        kept, dropped = convert(step, rows, ALPACA, tokenizer, limit)
         assert len(kept) == sum(length <= limit for length in lengths)
         assert dropped.total() == sum(length > limit for length in lengths)
 
@@ -672,7 +685,7 @@ def test_the_templates_own_text_counts_towards_the_length(step, tiny):
     row = {"instruction": "Q?", "input": "", "output": "A."}
     length = sum(map(len, files.encode(tokenizer, [user("Q?")], [assistant("A.")])))
     assert length > 200
-    kept, dropped = step.convert([row], ALPACA, tokenizer, 200)
+    kept, dropped = convert(step, [row], ALPACA, tokenizer, 200)
     assert (kept, dropped) == ([], {"longer than 200 tokens": 1})
 
 
@@ -685,7 +698,7 @@ def test_a_row_that_the_models_template_refuses_is_dropped(step, tiny):
     )
     rows = [{"messages": [system("Be brief."), user("Q?"), assistant("A." * n)]} for n in (1, 2000)]
     rows.append({"messages": [user("Q?"), assistant("A.")]})
-    kept, dropped = step.convert(rows, {"messages": "messages"}, tokenizer, 1024)
+    kept, dropped = convert(step, rows, {"messages": "messages"}, tokenizer, 1024)
     assert len(kept) == 1 and dropped.total() == 2
 
 
@@ -724,7 +737,7 @@ def test_every_row_is_kept_unchanged_or_dropped_and_counted(step, tokenizer, sch
     @settings(max_examples=80, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(strategy | scalars, max_size=6))
     def holds(rows):
-        kept, dropped = step.convert(rows, schema, tokenizer, 100)
+        kept, dropped = convert(step, rows, schema, tokenizer, 100)
         assert len(rows) == len(kept) + dropped.total()
         assert all(reason and number > 0 for reason, number in dropped.items())
         given = collections.Counter()
@@ -801,82 +814,109 @@ def test_too_few_rows_are_refused(prepare, capsys):
     assert not list(Path("data").glob("[!.]*"))
 
 
-def complete(folder: Path, manifest: dict) -> bool:
-    """True when the splits in `folder` are the ones that `manifest` speaks of."""
-    return all(
-        files.rows_hash(rows_of(name, folder)) == manifest["sha256"][name] for name in ("train", "eval")
-    )
-
-
-@pytest.mark.parametrize(
-    "place", ["save_to_disk", "put_folder 1", "put_folder 2", "write_json 1", "write_json 2"]
+DATA_FILES = (
+    "train",
+    "eval",
+    "test_prompts.json",
+    "manifest.json",
+    "dataset_report.md",
+    "length_histogram.png",
 )
-def test_a_run_that_fails_while_writing_leaves_no_manifest_over_mixed_data(step, prepare, monkeypatch, place):
-    """Simulated: the n-th call of the function raises, once before and once after it has done its work."""
+
+
+def complete(folder: Path, manifest: dict) -> bool:
+    """True when the splits in `folder` are the ones that `manifest` speaks of, text by text."""
+
+    def hashed(rows: list[dict]) -> str:
+        ids = [files.content_hash(row["prompt"] + row["completion"]) for row in rows]
+        return files.split_hash(ids, [row["part"] for row in rows if "part" in row])
+
+    return all(hashed(rows_of(name, folder)) == manifest["sha256"][name] for name in ("train", "eval"))
+
+
+MOVES = [
+    f"rename {n}" for n in range(1, 2 * len(DATA_FILES) + 2)
+]  # old files out, new ones in, the final one
+
+
+@pytest.mark.parametrize("place", ["save_to_disk 1", "save_to_disk 2", *MOVES])
+def test_a_run_that_fails_while_writing_leaves_the_data_as_they_were(prepare, monkeypatch, place):
+    """Simulated: the n-th call of the function raises, as on a full disk."""
     old = prepare(tail(30))
+    before = content_of(Path("data"))
     name, _, number = place.partition(" ")
-    owner = {"save_to_disk": datasets.Dataset}.get(name, step.files)
-    real = getattr(owner, name)
-    for after in (False, True):
-        calls = []
+    owner = datasets.Dataset if name == "save_to_disk" else Path
+    real, calls = getattr(owner, name), []
 
-        def failing(*arguments, after=after, calls=calls, **named):
-            calls.append(arguments)
-            if len(calls) == int(number or 1):
-                if after:
-                    real(*arguments, **named)
-                raise OSError(28, "No space left on device")
-            return real(*arguments, **named)
+    def failing(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == int(number):
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **named)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, failing)
-            with pytest.raises((OSError, SystemExit)):
-                prepare(tail(50))
-        assert len(calls) == int(number or 1)
-        manifest = Path("data/manifest.json")
-        if manifest.exists():
-            assert complete(Path("data"), json.loads(manifest.read_text(encoding="utf-8")))
-        if name == "save_to_disk":
-            assert json.loads(manifest.read_text(encoding="utf-8")) == old
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        with pytest.raises(OSError):
+            prepare(tail(50))
+    assert content_of(Path("data")) == before
+    assert files.read_manifest("data").items() >= old.items() and complete(Path("data"), old)
     # and the next run is none the worse for it
     assert complete(Path("data"), prepare(tail(50)))
     assert {path.name for path in Path("data").iterdir()} == {".lock", *DATA_FILES}
 
 
 KILLED = """
-import os, runpy, signal, sys
-from configs import files
-real = files.put_folder
-def put_folder(new, path):
-    if path.name == "eval":
+import os, pathlib, runpy, signal, sys
+moves, real, limit = [], pathlib.Path.rename, int(sys.argv.pop())
+def rename(self, target):
+    if len(moves) == limit:
         os.kill(os.getpid(), signal.SIGKILL)
-    real(new, path)
-files.put_folder = put_folder
+    moves.append(target)
+    return real(self, target)
+pathlib.Path.rename = rename
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_run_killed_between_the_splits_leaves_no_manifest(prepare, tiny, tmp_path):
-    """A real SIGKILL; only its moment is arranged: the new training rows are in place, eval's are the old."""
-    prepare(tail(30))
+@pytest.mark.parametrize("after", [0, 4, 7, 12])
+def test_a_run_killed_while_it_exchanges_the_files_leaves_the_data_as_they_were(
+    prepare, tiny, tmp_path, after
+):
+    """A real SIGKILL; only its moment is arranged: after so many files were moved."""
+    old = prepare(tail(30))
+    before = content_of(Path("data"))
     rows = write_rows(tmp_path / "more.jsonl", tail(50))
-    command = [
-        sys.executable,
-        "-c",
-        KILLED,
-        str(ROOT / STEP),
-        "--dataset_name",
-        str(rows),
-        "--model_name",
-        str(tiny),
-    ]
+    command = [sys.executable, "-c", KILLED, ROOT / STEP, "--dataset_name", rows, "--model_name", tiny, after]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=120)
+    killed = subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(rows_of()) > 30 and len(rows_of("eval")) == 6  # mixed, as meant
-    assert not Path("data/manifest.json").exists()
+    # whoever reads them next finds them so
+    assert files.read_manifest("data").items() >= old.items()
+    left = {name: data for name, data in content_of(Path("data")).items() if not name.startswith(".new-")}
+    assert left == before
     assert complete(Path("data"), prepare(tail(50)))
+    assert {path.name for path in Path("data").iterdir()} == {".lock", *DATA_FILES}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_leaves_the_data_as_they_were(prepare, tiny, tmp_path, number):
+    """A real signal in the middle of the rows."""
+    prepare(tail(30))
+    before = content_of(Path("data"))
+    rows = write_rows(tmp_path / "many.jsonl", finance_rows(30_000))
+    command = [sys.executable, ROOT / STEP, "--dataset_name", rows, "--model_name", tiny]
+    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "checking:" not in seen or "0 rows [" in seen[-40:]:
+        seen += process.stderr.read(1)
+        assert process.poll() is None, seen
+    process.send_signal(number)
+    process.stderr.close()
+    assert process.wait(60) in (130, 143, -number)
+    left = {name: data for name, data in content_of(Path("data")).items() if not name.startswith(".new-")}
+    assert left == before
+    prepare(tail(50))
     assert {path.name for path in Path("data").iterdir()} == {".lock", *DATA_FILES}
 
 
@@ -959,8 +999,6 @@ def test_test_prompts_come_from_the_test_part_and_cover_all_lengths(prepare):
 
 # --- what is handed over
 
-DATA_FILES = ("train", "eval", "test_prompts.json", "manifest.json")
-
 
 def test_the_exact_files_keys_and_columns(prepare, step, tiny, tmp_path):
     manifest = prepare(tail(60))
@@ -968,7 +1006,11 @@ def test_the_exact_files_keys_and_columns(prepare, step, tiny, tmp_path):
     for name in ("train", "eval"):
         names = {path.name for path in Path("data", name).iterdir()}
         assert names == {"data-00000-of-00001.arrow", "dataset_info.json", "state.json"}
-    assert list(manifest) == ["source", "revision", "schema", "settings", "seed", "rows", "sha256"]
+    first, more = (
+        ["source", "revision", "schema", "settings", "seed"],
+        ["dropped_examples", "changed", "groups"],
+    )
+    assert list(manifest) == [*first, "rows", *more, "sha256"]
     assert set(manifest["rows"]) == {"read", "kept", "dropped", "train", "validation", "test"}
     assert set(manifest["sha256"]) == {"train", "eval"}
     assert (manifest["source"], manifest["revision"], manifest["seed"]) == (
@@ -990,8 +1032,7 @@ def test_the_exact_files_keys_and_columns(prepare, step, tiny, tmp_path):
     assert complete(Path("data"), manifest)
     for row in [*train, *held_out]:
         assert len(row["completion"]) == 1 and row["completion"][0]["role"] == "assistant"
-        content = {"prompt": row["prompt"], "completion": row["completion"]}
-        assert row["id"] == files.rows_hash([content])[:16]
+        assert row["id"] == files.content_hash(row["prompt"] + row["completion"])
 
 
 def test_the_readers_of_data_accept_it_and_say_what_is_missing(prepare, capsys):
@@ -1163,7 +1204,7 @@ def test_what_could_pose_as_a_turn_is_dropped_in_each_format(
     rows = [{"instruction": f"Q {mark} q?", "input": "", "output": "A."} for mark in marks]
     rows += [{"instruction": "Q?", "input": "", "output": f"A {mark} a."} for mark in marks]
     harmless = {"instruction": "Is 3 < 4 | 5 > [x] # ### Heading", "input": "", "output": "Yes | no."}
-    kept, dropped = step.convert([*rows, harmless], ALPACA, tokenizer, 1024)
+    kept, dropped = convert(step, [*rows, harmless], ALPACA, tokenizer, 1024)
     assert dropped == {MARKED: len(rows)}
     assert [question(row) for row in kept] == [harmless["instruction"]]
 
