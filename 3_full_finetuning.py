@@ -44,10 +44,19 @@ WARMUP_RATIO = 0.03  # share of all steps in which the learning rate rises from 
 LR_SCHEDULER = "cosine"  # how the learning rate falls after that: cosine, linear, constant_with_warmup
 WEIGHT_DECAY = 0.0  # AdamW's weight decay
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
-OPTIM = "adamw_torch"  # by its transformers name, e.g. adamw_torch, adamw_bnb_8bit, paged_adamw_8bit
-GRADIENT_CHECKPOINTING = True  # recompute activations in the backward pass: a third slower, far less memory
 PRECISION = "auto"  # auto, bf16, fp16 or fp32; auto takes bf16 where the hardware has it
+EARLY_STOPPING_PATIENCE: int | None = None  # stop after so many evaluations without a lower eval_loss
 SEED = 42  # of the order of the rows, dropout and new weights
+
+# --- memory
+# auto leaves it to the memory plan: printed before the model loads, it takes what fits, fastest first.
+OPTIM = "auto"  # auto, or by its transformers name, e.g. adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit
+GRADIENT_CHECKPOINTING: bool | str = "auto"  # auto; true recomputes activations: a third slower, less memory
+PACKING: bool | str = (
+    "auto"  # auto, true, false: several rows in one sequence, where attention keeps them apart
+)
+PLAN_ONLY = False  # print the memory plan and stop
+DEVICE_MEMORY_GB: float | None = None  # plan for a GPU with so much free memory; none asks this machine
 
 # --- logging and checkpoints
 LOGGING_STEPS = 10  # optimizer steps between two records of the loss
@@ -69,11 +78,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTConfig
 
-from configs import training
+from configs import machine, training
 
 
-def training_arguments(c: SimpleNamespace, dtype: torch.dtype) -> SFTConfig:
-    """The Trainer's arguments. c: the constants above; dtype: what is computed in."""
+def training_arguments(c: SimpleNamespace, dtype: torch.dtype, plan: machine.Plan) -> SFTConfig:
+    """The Trainer's arguments. c: the constants above; dtype: what is computed in; plan: what fits."""
     return SFTConfig(
         output_dir=c.OUTPUT_DIR,
         max_length=None,  # the rows were measured when they were tokenised
@@ -81,15 +90,18 @@ def training_arguments(c: SimpleNamespace, dtype: torch.dtype) -> SFTConfig:
         learning_rate=c.LEARNING_RATE,
         num_train_epochs=c.NUM_EPOCHS,
         max_steps=c.MAX_STEPS or -1,
-        per_device_train_batch_size=c.BATCH_SIZE,
-        per_device_eval_batch_size=c.BATCH_SIZE * 2,  # no gradients, so twice as many rows take less memory
-        gradient_accumulation_steps=c.GRADIENT_ACCUMULATION_STEPS,
+        per_device_train_batch_size=plan.batch_size,
+        per_device_eval_batch_size=plan.batch_size
+        * 2,  # no gradients, so twice as many rows take less memory
+        gradient_accumulation_steps=plan.accumulation,
         warmup_steps=c.WARMUP_RATIO,
         lr_scheduler_type=c.LR_SCHEDULER,
         weight_decay=c.WEIGHT_DECAY,
         max_grad_norm=c.MAX_GRAD_NORM,
-        optim=c.OPTIM,
-        gradient_checkpointing=c.GRADIENT_CHECKPOINTING,
+        optim=plan.optim,
+        optim_args=plan.optim_args,
+        gradient_checkpointing=plan.checkpointing,
+        packing=plan.packing,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
@@ -112,56 +124,68 @@ def training_arguments(c: SimpleNamespace, dtype: torch.dtype) -> SFTConfig:
     )
 
 
-def build_model(c: SimpleNamespace) -> PreTrainedModel:
-    """The model with fp32 master weights: bf16, only computed in, would round small updates away."""
+def adapter_config(c: SimpleNamespace) -> None:
+    """None: every weight is trained."""
+    return None
+
+
+def build_model(
+    c: SimpleNamespace, dtype: torch.dtype, plan: machine.Plan, device: torch.device
+) -> PreTrainedModel:
+    """The model with fp32 masters, or bf16 weights rounded stochastically: plain bf16 loses small updates."""
     with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME", c.MODEL_REVISION):
         return AutoModelForCausalLM.from_pretrained(
             files.model_path(c.MODEL_NAME),
             revision=c.MODEL_REVISION,
-            dtype=torch.float32,
+            dtype=torch.bfloat16 if plan.half_weights else torch.float32,
+            attn_implementation=plan.attention,
         )
 
 
 def main() -> None:
     c = SimpleNamespace(**{name: globals()[name] for name in read_constants(__file__)})
-    problems = training.machine_problems() + training.settings_problems(vars(c))
+    problems = machine.machine_problems() + training.settings_problems(vars(c))
     problems += files.check_model(MODEL_NAME, MODEL_REVISION)
     if problems:
         fail(*problems)
-    manifest = files.read_manifest(DATA_DIR)
+    manifest = None if PLAN_ONLY else files.read_manifest(DATA_DIR)
+    config = training.model_config(MODEL_NAME, MODEL_REVISION, MAX_LENGTH)
+    dtype, why = machine.precision(PRECISION, DEVICE_MEMORY_GB)
+    files.say(f"precision: {dtype} ({why})")
+    if PLAN_ONLY:
+        machine.make_plan(c, config, dtype, MAX_LENGTH, adapter_config(c))
+        return
 
     with files.lock(OUTPUT_DIR):
-        # --- data and precision
-        config = training.model_config(MODEL_NAME, MODEL_REVISION, MAX_LENGTH)
+        # --- data, and what fits
         tokenizer = files.load_tokenizer(MODEL_NAME, MODEL_REVISION, manifest["settings"]["PROMPT_FORMAT"])
         fit = (tokenizer, MAX_LENGTH, MAX_DROP_FRACTION)
         train_rows = training.token_rows(DATA_DIR, "train", MAX_TRAIN_SAMPLES, *fit)
         eval_rows = training.token_rows(DATA_DIR, "validation", MAX_EVAL_SAMPLES, *fit)
-        dtype, why = training.precision(PRECISION)
-        files.say(f"rows: {len(train_rows)} to train on, {len(eval_rows)} to validate")
-        files.say(f"precision: {dtype} ({why})")
+        plan = machine.make_plan(c, config, dtype, max(train_rows["length"]), adapter_config(c))
+        training.preflight(train_rows, eval_rows, tokenizer, c, plan)
 
         # --- model and trainer
         checkpoint = training.resume_point(OUTPUT_DIR, RESUME, vars(c), manifest["manifest_sha256"])
         os.environ["TENSORBOARD_LOGGING_DIR"] = f"{OUTPUT_DIR}/runs"
-        arguments = training_arguments(c, dtype)  # before the model: ZeRO-3 splits it while it loads
+        arguments = training_arguments(c, dtype, plan)  # before the model: ZeRO-3 splits it while it loads
         counts = {"train_rows": len(train_rows), "eval_rows": len(eval_rows)}
-        log = training.RunLog("full", vars(c), manifest, counts, config, checkpoint)
-        model = build_model(c)
+        log = training.RunLog("full", vars(c), plan, manifest, counts, config, checkpoint)
         trainer = training.ExactTrainer(
-            model=model,
+            model=build_model(c, dtype, plan, arguments.device),
             args=arguments,
-            train_dataset=train_rows,
+            train_dataset=training.pack(train_rows, MAX_LENGTH) if plan.packing else train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            callbacks=[log],
+            callbacks=training.callbacks(c, log),
+            peft_config=adapter_config(c),
         )
 
         # --- train and save
         training.run(trainer, log, checkpoint)
         training.save_final(trainer, f"{OUTPUT_DIR}/final_model", config.dtype, log)
-        log.write(trainer.state, "done")
-        files.say(f"done: {OUTPUT_DIR}/final_model, {OUTPUT_DIR}/training_log.json")
+        training.finish(trainer, log)
+        files.say(f"done: {OUTPUT_DIR}: final_model, training_log.json, training_curves.png")
         trainer.end()
 
 

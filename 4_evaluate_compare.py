@@ -610,9 +610,9 @@ def precision(choice: str) -> torch.dtype:
     """The dtype to score in: exact on a CPU, what training would choose on a GPU."""
     if choice == "auto" and not torch.cuda.is_available():
         return torch.float32
-    from configs import training  # slow to import, so only where a GPU is to be asked
+    from configs import machine  # slow to import, so only where a GPU is to be asked
 
-    return training.precision(choice)[0]
+    return machine.precision(choice)[0]
 
 
 def cost(log: dict | None, folder: Path | None) -> dict | None:

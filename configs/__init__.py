@@ -17,3 +17,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Deprecations among the libraries and an optional kernel of the Hub: nothing that a user can act on.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*is deprecated")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# torchao tries kernels for other GPUs than this machine's when it loads, and says so each time.
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)

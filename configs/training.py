@@ -1,5 +1,5 @@
-"""What both trainings share and no library has: token-exact evaluation, a seeded sampler by length, resume,
-the run's log.
+"""What both trainings share and no library has: token-exact evaluation, a seeded sampler by length, the
+memory plan, resume, the run's log.
 
 The trainer is TRL's SFTTrainer with two small overrides. Everything that a reader wants to see or change (the
 model, the LoRA configuration, the SFTConfig, the order of things) stands in the scripts.
@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,17 +19,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Sampler
-from transformers import AutoConfig, EvalPrediction, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    TrainerCallback,
+)
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.training_args import OptimizerNames
-from trl import SFTTrainer
+from trl import SFTTrainer, pack_dataset
 
 from configs import files
+from configs.machine import GB, Plan
 from configs.settings import fail
 
 # --- the two overrides
@@ -102,6 +110,12 @@ class ExactTrainer(SFTTrainer):
     """
 
     def __init__(self, *args, **kwargs):
+        self.portion: int | None = None  # rows a forward pass, once memory has run out
+        self.step_rows: tuple[int, list] = (-1, [])  # (optimizer step, its micro-batches so far)
+        self.logged: tuple[float, int] = (
+            time.monotonic(),
+            0,
+        )  # when the last record was made, at how many tokens
         try:
             super().__init__(*args, compute_metrics=token_exact, **kwargs)
         except ValueError as error:  # PEFT names the layers that it looked for, after the model has loaded
@@ -132,6 +146,54 @@ class ExactTrainer(SFTTrainer):
             lambda: int(self.state.epoch or 0),
         )
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The loss of one micro-batch; when memory runs out, the optimizer step again in half micro-batches.
+
+        That is exact (dropout apart): the loss is a sum over tokens, divided by the tokens of the whole
+        step, so it does not matter in how many portions they come. All micro-batches of the step come again,
+        because the backward pass that failed may have added to some of the gradients. The smaller size is
+        kept.
+        """
+        step = self.state.global_step
+        seen = self.step_rows[1] if self.step_rows[0] == step else []
+        self.step_rows = (step, [*seen, inputs])
+        todo = [inputs]
+        while True:
+            try:
+                for batch in todo:
+                    loss = sum(
+                        super(ExactTrainer, self).training_step(model, rows, num_items_in_batch)
+                        for rows in self._portions(batch)
+                    )
+                return loss
+            except torch.OutOfMemoryError:
+                size = min(self.portion or sys.maxsize, max(len(rows["input_ids"]) for rows in todo))
+                if self.args.world_size > 1 or size == 1:
+                    raise
+            self.portion = (size + 1) // 2
+            model.zero_grad()
+            torch.cuda.empty_cache()
+            files.say(
+                f"\nout of memory with {size} rows a pass: this step again with {self.portion}, and so from "
+                f"now on"
+            )
+            todo = self.step_rows[1]
+
+    def _portions(self, batch: dict) -> Iterator[dict]:
+        rows = len(batch["input_ids"])
+        size = self.portion or rows
+        for start in range(0, rows, size):
+            yield {k: v[start : start + size] if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            (then, before), now = self.logged, time.monotonic()
+            tokens = int(self.state.num_input_tokens_seen)
+            self.logged = (now, tokens)
+            logs["tokens_per_second"] = (tokens - before) / max(now - then, 1e-9)
+            logs["memory_gb"] = peak_memory() / GB
+        super().log(logs, start_time)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Per-row sums instead of a loss: (None, nll of shape (batch,), tokens of shape (batch,))."""
         inputs = self._prepare_inputs(inputs)
@@ -142,38 +204,6 @@ class ExactTrainer(SFTTrainer):
 
 
 # --- before the model loads
-
-
-def machine_problems() -> list[str]:
-    """What about the visible devices would end in a crash or in a run of weeks: one sentence each."""
-    launched = "RANK" in os.environ
-    if torch.cuda.is_available():
-        if torch.cuda.device_count() > 1 and not launched:
-            script, n = sys.argv[0], torch.cuda.device_count()
-            return [
-                f"{n} GPUs are visible to one process; use one with `CUDA_VISIBLE_DEVICES=0 python "
-                f"{script}`, "
-                f"or all with `accelerate launch --num_processes {n} {script}`"
-            ]
-        return []
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
-        return []  # the user has hidden the GPU
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
-        if smi.returncode == 0 and "GPU" in smi.stdout:
-            build = torch.version.cuda
-            why = (
-                f"the driver is too old for its CUDA {build}; update the driver or install a torch "
-                f"built for an older CUDA"
-            )
-            if build is None:
-                why = "it is a build for the CPU; install a CUDA build of the same version"
-            return [
-                f"nvidia-smi sees {smi.stdout.splitlines()[0].split(' (')[0]!r}, torch "
-                f"{torch.__version__} does not: {why}; "
-                "to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES= (empty)"
-            ]
-    return []
 
 
 def settings_problems(settings: dict) -> list[str]:
@@ -212,11 +242,20 @@ def settings_problems(settings: dict) -> list[str]:
             f"that the "
             f"best model that was evaluated is also saved: --save_steps {settings['EVAL_STEPS']}"
         )
+    for name in ("GRADIENT_CHECKPOINTING", "PACKING"):
+        if settings[name] not in ("auto", True, False):
+            found.append(f"{name} is {settings[name]!r}; choose auto, true or false: --{name.lower()} auto")
+    for name in ("EARLY_STOPPING_PATIENCE", "DEVICE_MEMORY_GB"):
+        if settings[name] is not None and settings[name] <= 0:
+            found.append(f"{name} is {settings[name]}; give a number above 0, or none: --{name.lower()} none")
     if settings["PRECISION"] not in ("auto", "bf16", "fp16", "fp32"):
         found.append(f"PRECISION is {settings['PRECISION']!r}; choose auto, bf16, fp16 or fp32")
     # the library's other schedules need arguments of their own
     schedules = "cosine linear constant constant_with_warmup polynomial inverse_sqrt".split()
-    for name, known in (("LR_SCHEDULER", schedules), ("OPTIM", [kind.value for kind in OptimizerNames])):
+    for name, known in (
+        ("LR_SCHEDULER", schedules),
+        ("OPTIM", ["auto", *(kind.value for kind in OptimizerNames)]),
+    ):
         if settings[name] not in known:
             found.append(f"{name} is {settings[name]!r}; choose one of: {', '.join(known)}")
     if not 0 <= settings.get("LORA_DROPOUT", 0) < 1:
@@ -259,18 +298,15 @@ def settings_problems(settings: dict) -> list[str]:
     return found
 
 
-def precision(choice: str) -> tuple[torch.dtype, str]:
-    """The dtype to compute in and why: bf16 only where the hardware has it, fp16 on older GPUs, fp32 else."""
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if choice != "auto":
-        return named[choice], "chosen by PRECISION"
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU has bf16"
-        return torch.float16, "the GPU has no bf16 of its own"
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16, "the CPU has bf16 instructions"
-    return torch.float32, "the CPU has no bf16 instructions"
+def pack(rows: Dataset, length: int) -> Dataset:
+    """Rows packed into sequences of up to `length` tokens, best fit first, none of them cut (TRL's bfd)."""
+    return pack_dataset(rows.remove_columns("length"), length, "bfd")
+
+
+def callbacks(c, log: TrainerCallback) -> list[TrainerCallback]:
+    """The run's log, and early stopping where it is asked for."""
+    patience = c.EARLY_STOPPING_PATIENCE
+    return [log] + ([EarlyStoppingCallback(patience)] if patience else [])
 
 
 def model_config(name: str, revision: str | None, max_length: int):
@@ -420,14 +456,21 @@ def peak_memory() -> int:
 
 
 class RunLog(TrainerCallback, ExportableState):
-    """Renews training_log.json at every logging step, ends the run well on Ctrl-C or SIGTERM, and stops it at
-    a NaN.
+    """Renews training_log.json at every logging step, ends the run well on Ctrl-C or SIGTERM, stops it at a
+    NaN, says when it overfits, and shows sample answers.
 
     What must go on across a resume (time, peak memory) travels in the checkpoint's trainer_state.json.
     """
 
     def __init__(
-        self, method: str, settings: dict, manifest: dict, rows: dict, config, resumed_from: str | None
+        self,
+        method: str,
+        settings: dict,
+        plan: Plan,
+        manifest: dict,
+        rows: dict,
+        config,
+        resumed_from: str | None,
     ):
         """rows: {"train_rows": n, "eval_rows": n}; config: the model's; resumed_from: a checkpoint or
         None."""
@@ -439,11 +482,16 @@ class RunLog(TrainerCallback, ExportableState):
             "environment": files.environment(),
             "parameters": {"trainable": None, "total": None, "percent": None},
             "data": {"manifest_sha256": manifest["manifest_sha256"], **rows},
+            "plan": plan.as_dict(),
+            "notes": [],
         }
         self.manifest, self.resumed_from = manifest, resumed_from
         self.model_parameters = parameter_count(config)
         self.seconds, self.peak, self.began = 0.0, 0, None
         self.signal: int | None = None
+        self.prompts: list[
+            tuple[list[int], list[int]]
+        ] = []  # (prompt, answer) whose answers TensorBoard shows
 
     def state(self) -> dict:
         """What a checkpoint keeps of this callback (transformers' ExportableState)."""
@@ -457,7 +505,7 @@ class RunLog(TrainerCallback, ExportableState):
             saved = state.stateful_callbacks.get("RunLog", {})
             saved = saved[-1] if isinstance(saved, list) else saved
             self.seconds, self.peak = saved["attributes"]["seconds"], saved["attributes"]["peak"]
-        self.began = time.monotonic()
+        self.began, self.first_step, self.step_times = time.monotonic(), state.global_step, []
         trainable = get_model_param_count(model, trainable_only=True)
         total = self.model_parameters + (trainable if hasattr(model, "peft_config") else 0)
         self.head["parameters"] = {
@@ -479,7 +527,15 @@ class RunLog(TrainerCallback, ExportableState):
             f"stop at once)"
         )
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_began = time.monotonic()
+
     def on_step_end(self, args, state, control, **kwargs):
+        done = state.global_step - self.first_step
+        self.step_times += [time.monotonic() - self.step_began]
+        if done == 5 and state.max_steps - state.global_step > 20:  # the first step is slower than the others
+            left = np.mean(self.step_times[1:]) * (state.max_steps - state.global_step)
+            files.say(f"\nabout {left / 60:.0f} min left, evaluations apart (measured on steps 2 to 5)")
         stop = self.signal is not None
         if (
             args.world_size > 1
@@ -501,6 +557,39 @@ class RunLog(TrainerCallback, ExportableState):
                     f"{key} is {logs[key]} at step {state.global_step}; last good checkpoint: {kept}; "
                     "try a lower LEARNING_RATE or PRECISION fp32"
                 )
+        if (logs or {}).get("loss") == 0.0:
+            self.write(state, "failed")
+            kept = state.best_model_checkpoint or "none was saved"
+            raise FloatingPointError(
+                f"loss is 0 at step {state.global_step}, so nothing is learned: are the answers all alike? "
+                f"last good "
+                f"checkpoint: {kept}"
+            )
+        if "eval_loss" in (logs or {}) and (note := overfitting(state.log_history)):
+            if not any(n.startswith("overfitting") for n in self.head["notes"]):
+                files.say(f"\nnote: {note}")
+                self.head["notes"].append(note)
+
+    def on_evaluate(self, args, state, control, model=None, processing_class=None, **kwargs):
+        """Greedy answers to a few validation prompts, for TensorBoard's text tab."""
+        if args.world_size > 1 or not self.prompts or getattr(self.board, "tb_writer", None) is None:
+            return
+        text = []
+        for prompt, answer in self.prompts:
+            ids = torch.tensor([prompt], device=args.device)
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=48,
+                    do_sample=False,
+                    pad_token_id=processing_class.pad_token_id,
+                )
+            parts = (prompt, out[0, len(prompt) :].tolist(), answer)
+            asked, said, wanted = (processing_class.decode(p, skip_special_tokens=True) for p in parts)
+            text.append(f"**prompt**\n\n    {indent(asked)}\n\n**answer**\n\n    {indent(said)}\n\n")
+            text[-1] += f"**reference**\n\n    {indent(wanted)}"
+        self.board.tb_writer.add_text("sample answers", "\n\n---\n\n".join(text), state.global_step)
 
     def write(self, state, status: str) -> None:
         """Replace training_log.json by the state of this moment (main process only)."""
@@ -532,12 +621,126 @@ class RunLog(TrainerCallback, ExportableState):
         files.write_json(self.path, {**self.head, "history": history, "summary": summary})
 
 
+def indent(text: str) -> str:
+    """Text inside an indented block of Markdown: shown as it is, whatever markup it holds."""
+    return text.replace("\n", "\n    ")
+
+
+def overfitting(history: list[dict]) -> str | None:
+    """A sentence where eval_loss rose in the last two evaluations while the training loss fell; None
+    elsewhere."""
+    evals = [(n, record) for n, record in enumerate(history) if "eval_loss" in record]
+    if len(evals) < 3:
+        return None
+    (first, best), (_, second), (last, third) = evals[-3:]
+    before = [r["loss"] for r in history[:first] if "loss" in r][-1:]
+    after = [r["loss"] for r in history[first:last] if "loss" in r][-1:]
+    if not before or not after or not best["eval_loss"] < second["eval_loss"] < third["eval_loss"]:
+        return None
+    if after[0] >= before[0]:
+        return None
+    return (
+        f"overfitting since epoch {best['epoch']:.2f}: eval_loss rose from {best['eval_loss']:.4f} to "
+        f"{third['eval_loss']:.4f} while the training loss fell from {before[0]:.4f} to {after[0]:.4f}; the "
+        f"checkpoint "
+        f"with the lowest eval_loss is kept; fewer epochs or a lower learning rate would do"
+    )
+
+
+def finish(trainer: ExactTrainer, log: RunLog) -> None:
+    """After training: the curves as a picture, the hparams tab of TensorBoard, and the last state of the
+    log."""
+    if not trainer.is_world_process_zero():
+        return
+    settings, history = log.head["settings"], trainer.state.log_history
+    draw_curves(history, Path(settings["OUTPUT_DIR"]) / "training_curves.png")
+    if "tensorboard" in trainer.args.report_to:
+        shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+        losses = {
+            f"hparam/{k}": r[k] for r in history for k in ("loss", "eval_loss") if isinstance(r.get(k), float)
+        }
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        # the Trainer's callback writes the settings as a text only; add_hparams would open a folder of its
+        # own
+        with SummaryWriter(os.environ["TENSORBOARD_LOGGING_DIR"]) as writer:
+            for summary in hparams(shown, losses):
+                writer.file_writer.add_summary(summary)
+            for name, value in losses.items():
+                writer.add_scalar(name, value, trainer.state.global_step)
+    log.write(trainer.state, "done")
+
+
+def draw_curves(history: list[dict], path: Path) -> None:
+    """Training and validation loss, and the learning rate, over the optimizer steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 3.5))
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+        points = [(r["step"], r[key]) for r in history if isinstance(r.get(key), float)]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, markersize=4, label=label)
+    axis.set_xlabel("optimizer steps")
+    axis.set_ylabel("loss (nats per token)")
+    rates = [(r["step"], r["learning_rate"]) for r in history if "learning_rate" in r]
+    if rates:
+        twin = axis.twinx()
+        twin.plot(*zip(*rates, strict=True), ":", color="gray", label="learning rate")
+        twin.set_ylabel("learning rate")
+        twin.set_ylim(bottom=0)
+    axis.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def preflight(rows: Dataset, validation: Dataset, tokenizer, c, plan: Plan) -> None:
+    """Show one row as the model will see it, and what the run will do. Ends with exit code 2 where that is
+    nothing.
+
+    rows, validation: with input_ids and labels. The trained tokens stand between the brackets.
+    """
+    row = rows[0]
+    first = next(n for n, label in enumerate(row["labels"]) if label != -100)
+    before, after = tokenizer.decode(row["input_ids"][:first]), tokenizer.decode(row["input_ids"][first:])
+    files.say(f"a row as the model sees it, trained between the brackets:\n{before}⟦{after}⟧\n")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    step = plan.batch_size * plan.accumulation * processes
+    if step > len(rows):
+        fail(
+            f"one optimizer step takes {plan.batch_size} x {plan.accumulation} x {processes} = {step} rows, "
+            f"and there "
+            f"are {len(rows)}; take fewer: --batch_size 1 --gradient_accumulation_steps "
+            f"{max(len(rows) // 4, 1)}"
+        )
+    steps = c.MAX_STEPS or math.ceil(math.ceil(len(rows) / step) * c.NUM_EPOCHS)
+    warmup = math.ceil(steps * c.WARMUP_RATIO)
+    if c.WARMUP_RATIO and warmup >= steps:
+        fail(
+            f"the run has {steps} step{'s' * (steps > 1)}, and WARMUP_RATIO={c.WARMUP_RATIO} makes {warmup} "
+            f"of them "
+            f"warm-up: the learning rate would never be reached; train longer, or --warmup_ratio 0"
+        )
+    lengths = np.array([len(ids) for ids in rows["input_ids"]])
+    order = np.array(list(LengthGroupedSampler(lengths, step, c.SEED, lambda: 0)))
+    padded = sum(
+        len(part) * part.max()
+        for part in (lengths[order[i : i + plan.batch_size]] for i in range(0, len(order), plan.batch_size))
+    )
+    trained = sum(sum(label != -100 for label in labels) for labels in rows["labels"])
+    files.say(
+        f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, "
+        f"{1 - lengths.sum() / padded:.1%} "
+        f"padding; {len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} of them warm-up"
+    )
+
+
 def parameter_count(config) -> int:
     """Parameters of a model from its configuration alone. (A 4-bit model counts two of its weights as
     one.)"""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     with init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
@@ -549,6 +752,10 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
     1."""
     if checkpoint:  # its evaluation stands in the log already
         trainer.args.eval_on_start = False
+    log.board = next((c for c in trainer.callback_handler.callbacks if hasattr(c, "tb_writer")), None)
+    for row in trainer.eval_dataset.select(range(min(2, len(trainer.eval_dataset)))):
+        at = row["labels"].count(-100)
+        log.prompts.append((row["input_ids"][:at], row["input_ids"][at:]))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except FloatingPointError as error:
@@ -558,7 +765,8 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
         log.write(trainer.state, "failed")
         size = trainer.args.per_device_train_batch_size
         fail(
-            f"the GPU's memory is full at BATCH_SIZE={size} ({str(error).split('. ')[0]}); halve it and "
+            f"the memory is full at {trainer.portion or size} rows a pass ({str(error).split('. ')[0]}); "
+            f"halve BATCH_SIZE and "
             f"double "
             f"GRADIENT_ACCUMULATION_STEPS: --batch_size {max(size // 2, 1)} --gradient_accumulation_steps "
             f"{trainer.args.gradient_accumulation_steps * 2}; or use shorter rows (MAX_LENGTH), or LoRA "
@@ -604,7 +812,51 @@ def save_final(trainer: ExactTrainer, folder: str, dtype: torch.dtype | None, lo
         files.put_folder(staged, Path(folder))
 
 
-def model_card(log: RunLog, state, folder: Path) -> str:
+def nll_per_token(model, rows: Dataset) -> float:
+    """Sum of nll over sum of trained tokens, in nats, of rows with input_ids and labels; one row a pass."""
+    total, tokens, device = 0.0, 0, next(model.parameters()).device
+    model.eval()
+    for row in rows:
+        ids, labels = (torch.tensor([row[key]], device=device) for key in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        kept = labels[0, 1:] != -100
+        total += torch.nn.functional.cross_entropy(logits[kept], labels[0, 1:][kept], reduction="sum").item()
+        tokens += int(kept.sum())
+    return total / tokens
+
+
+def merge_adapter(trainer: ExactTrainer, c, rows: Dataset, log: RunLog) -> None:
+    """Write merged_model beside the adapter: the 16-bit base with the adapter added, for servers that know
+    no PEFT.
+
+    Never the 4-bit base: its rounded weights plus the adapter would be rounded again. The nll before and
+    after stands in training_log.json: over 4 bits the adapter has also learned to mend the rounding, so the
+    two differ a little.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    rows = rows.select(range(min(32, len(rows))))
+    before = nll_per_token(trainer.model, rows)
+    folder = Path(c.OUTPUT_DIR) / "merged_model"
+    with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME", c.MODEL_REVISION):
+        base = AutoModelForCausalLM.from_pretrained(
+            files.model_path(c.MODEL_NAME), revision=c.MODEL_REVISION, dtype="auto"
+        )
+    merged = PeftModel.from_pretrained(base, f"{c.OUTPUT_DIR}/final_lora_adapter").merge_and_unload()
+    merged.generation_config = trainer.model.generation_config
+    with files.new_folder(folder) as new:
+        merged.save_pretrained(new)
+        trainer.processing_class.save_pretrained(new)
+        card = model_card(log, trainer.state, folder, merged=True)
+        files.write_text(new / "README.md", card)
+    room = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * merged.get_memory_footprint()
+    after = nll_per_token(merged.to(trainer.args.device) if room else merged.float().cpu(), rows)
+    log.head["merge"] = {"rows": len(rows), "nll_before": before, "nll_after": after}
+    files.say(f"merged: {folder}; nll on {len(rows)} rows {before:.4f} before and {after:.4f} after")
+
+
+def model_card(log: RunLog, state, folder: Path, merged: bool = False) -> str:
     """A model card: where the model comes from, what it was trained on and how, what came out, how to load
     it."""
     name, settings, rows = log.head["model_name"], log.head["settings"], log.head["data"]
@@ -615,7 +867,8 @@ def model_card(log: RunLog, state, folder: Path) -> str:
         else log.manifest["source"]
     )
     lora = log.head["method"] == "lora"
-    load = "AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM"
+    load = "AutoPeftModelForCausalLM" if lora and not merged else "AutoModelForCausalLM"
+    library = "peft" if lora and not merged else "transformers"
     shown = ["LEARNING_RATE", "NUM_EPOCHS", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "MAX_LENGTH", "SEED"]
     shown += ["LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGET_MODULES", "USE_4BIT"] if lora else []
     table = "\n".join(f"| {key} | {settings[key]} |" for key in shown)
@@ -623,12 +876,12 @@ def model_card(log: RunLog, state, folder: Path) -> str:
     # a folder on this machine is not a Hub id, which is all that the card's metadata may name
     meta = "" if files.local_path(name) else f"base_model: {name}\n"
     return f"""---
-library_name: {"peft" if lora else "transformers"}
+library_name: {library}
 pipeline_tag: text-generation
 {meta}tags: [trl, sft]
 ---
 
-# {base}, {"LoRA adapter" if lora else "fully fine-tuned"}
+# {base}, {"merged LoRA" if merged else "LoRA adapter" if lora else "fully fine-tuned"}
 
 Fine-tuned from `{base}` on `{source}` ({rows["train_rows"]} rows; the loss is taken on the answers only).
 Validation loss of the kept checkpoint: {loss} on {rows["eval_rows"]} rows.
@@ -638,7 +891,7 @@ Validation loss of the kept checkpoint: {loss} on {rows["eval_rows"]} rows.
 {table}
 
 ```python
-from {"peft" if lora else "transformers"} import {load}
+from {library} import {load}
 from transformers import AutoTokenizer
 
 model = {load}.from_pretrained("{folder.name}")

@@ -116,3 +116,20 @@ def trained(tmp_path_factory, tiny, prepared) -> Path:
     for script in SCRIPTS[1:3]:
         ok(run(script, "--model_name", tiny, *SHORT, cwd=folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def phi_2():
+    """microsoft/phi-2's configuration, without its weights."""
+    from transformers import PhiConfig
+
+    return PhiConfig(
+        vocab_size=51200,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=2048,
+        partial_rotary_factor=0.4,
+        dtype="float16",
+    )

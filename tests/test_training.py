@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, SCRIPTS, load_script, refused, run, write_rows
 from datasets import Dataset
 
-from configs import files, training
+from configs import files, machine, training
 from configs.settings import read_constants
 
 # --- the scripts' own functions, in this process
@@ -51,7 +51,27 @@ def arguments(scripts: dict, script: str, folder: Path, tiny: Path, **changed):
             **changed,
         },
     )
-    return c, scripts[script].training_arguments(c, torch.float32)
+    return c, scripts[script].training_arguments(c, torch.float32, plan_of(c))
+
+
+def plan_of(c: SimpleNamespace) -> machine.Plan:
+    """The plan that takes the constants as they are."""
+    return machine.Plan(
+        checkpointing=c.GRADIENT_CHECKPOINTING is True,
+        optim="adamw_torch" if c.OPTIM == "auto" else c.OPTIM,
+        half_weights=False,
+        batch_size=c.BATCH_SIZE,
+        accumulation=c.GRADIENT_ACCUMULATION_STEPS,
+        parts={},
+        free=0,
+        disk=0,
+        attention="sdpa",
+        packing=False,
+    )
+
+
+def full_model(scripts: dict, c: SimpleNamespace):
+    return scripts[SCRIPTS[2]].build_model(c, torch.float32, plan_of(c), torch.device("cpu"))
 
 
 def token_row(ids: list[int], masked: int) -> dict:
@@ -104,7 +124,7 @@ def test_eval_loss_is_the_mean_over_tokens(scripts, tokenizer, tiny, uneven, tmp
 
     c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny)
     data = {"train_dataset": uneven, "eval_dataset": uneven, "processing_class": tokenizer}
-    trainer = training.ExactTrainer(model=scripts[SCRIPTS[2]].build_model(c), args=args, **data)
+    trainer = training.ExactTrainer(model=full_model(scripts, c), args=args, **data)
     sums = row_sums(tiny, uneven)
     expected = over_tokens(sums)
     for size in (1, 3, 8):
@@ -116,7 +136,7 @@ def test_eval_loss_is_the_mean_over_tokens(scripts, tokenizer, tiny, uneven, tmp
     # the library's own number differs, so that this test would not pass without the override
     c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny)
     args.per_device_eval_batch_size = 1
-    naive = SFTTrainer(model=scripts[SCRIPTS[2]].build_model(c), args=args, **data)
+    naive = SFTTrainer(model=full_model(scripts, c), args=args, **data)
     assert naive.evaluate()["eval_loss"] == pytest.approx(np.mean([nll / n for nll, n in sums]), abs=1e-3)
     assert abs(naive.evaluate()["eval_loss"] - expected) > 0.3
 
@@ -137,7 +157,7 @@ def test_best_checkpoint_is_chosen_over_tokens(scripts, tokenizer, tiny, uneven,
         LR_SCHEDULER="constant",
     )
     trainer = training.ExactTrainer(
-        model=scripts[SCRIPTS[2]].build_model(c),
+        model=full_model(scripts, c),
         args=args,
         train_dataset=short,
         eval_dataset=uneven,
@@ -237,7 +257,7 @@ def test_sampler_groups_rows_of_similar_lengths():
 def test_trainer_samples_by_effective_batch_and_its_own_epoch(scripts, tokenizer, tiny, uneven, tmp_path):
     c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny, GRADIENT_ACCUMULATION_STEPS=3, SEED=5)
     trainer = training.ExactTrainer(
-        model=scripts[SCRIPTS[2]].build_model(c),
+        model=full_model(scripts, c),
         args=args,
         train_dataset=uneven,
         eval_dataset=uneven,
@@ -262,7 +282,7 @@ def qlora(scripts: dict, tokenizer, tiny: Path, rows: Dataset, folder: Path, tra
     """A trainer of script 2 over the tiny model in 4 bits, by bitsandbytes on the CPU."""
     script = scripts[SCRIPTS[1]]
     c, args = arguments(scripts, SCRIPTS[1], folder, tiny, **changed)
-    model, adapter = script.build_model(c, torch.float32, args.device)
+    model, adapter = script.build_model(c, torch.float32, plan_of(c), args.device), script.adapter_config(c)
     data = {"train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
     return trainer_class(model=model, args=args, peft_config=adapter, **data)
 
@@ -314,22 +334,6 @@ def test_evaluation_leaves_gradients_as_they_were(scripts, tokenizer, tiny, unev
 
 
 # --- how much of phi-2 is trained
-
-
-@pytest.fixture(scope="module")
-def phi_2():
-    """microsoft/phi-2's configuration, without its weights."""
-    from transformers import PhiConfig
-
-    return PhiConfig(
-        vocab_size=51200,
-        hidden_size=2560,
-        intermediate_size=10240,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        max_position_embeddings=2048,
-        partial_rotary_factor=0.4,
-    )
 
 
 def test_lora_trains_under_one_percent_of_phi_2(phi_2):
@@ -400,7 +404,7 @@ def test_end_token_is_trained_although_it_pads(scripts, tokenizer, tiny, prepare
     rows = rows_for(tokenizer, prepared, limit=8)
     c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny)
     trainer = training.ExactTrainer(
-        model=scripts[SCRIPTS[2]].build_model(c),
+        model=full_model(scripts, c),
         args=args,
         train_dataset=rows,
         eval_dataset=rows,
@@ -548,15 +552,15 @@ def test_a_gpu_that_torch_does_not_see_is_named(without_gpu, monkeypatch, tmp_pa
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.version, "cuda", None)
-    (found,) = training.machine_problems()
+    (found,) = machine.machine_problems()
     assert "GPU 0: NVIDIA H200" in found and torch.__version__ in found
     assert "install a CUDA build" in found and "CUDA_VISIBLE_DEVICES=" in found
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    (found,) = training.machine_problems()
+    (found,) = machine.machine_problems()
     assert "driver is too old for its CUDA 13.0" in found
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert training.machine_problems() == []
+        assert machine.machine_problems() == []
 
 
 @pytest.mark.parametrize("script", ["echo 'No devices were found'", "echo 'GPU 0: lost'; exit 9", None])
@@ -565,7 +569,7 @@ def test_a_machine_without_a_gpu_is_fine(without_gpu, monkeypatch, tmp_path, scr
         smi(tmp_path, script)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if script else str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert training.machine_problems() == []
+    assert machine.machine_problems() == []
 
 
 def test_two_gpus_under_plain_python_name_both_commands(monkeypatch):
@@ -573,25 +577,25 @@ def test_two_gpus_under_plain_python_name_both_commands(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("sys.argv", ["2_lora_finetuning.py", "--num_epochs", "1"])
     monkeypatch.delenv("RANK", raising=False)
-    (found,) = training.machine_problems()
+    (found,) = machine.machine_problems()
     assert "CUDA_VISIBLE_DEVICES=0 python 2_lora_finetuning.py" in found
     assert "accelerate launch --num_processes 2 2_lora_finetuning.py" in found
     monkeypatch.setenv("RANK", "0")  # a launcher started it
-    assert training.machine_problems() == []
+    assert machine.machine_problems() == []
     monkeypatch.delenv("RANK")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert training.machine_problems() == []
+    assert machine.machine_problems() == []
 
 
 def test_precision_is_what_the_hardware_has(monkeypatch):
-    assert training.precision("fp16")[0] == torch.float16
+    assert machine.precision("fp16")[0] == torch.float16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert training.precision("auto")[0] == (torch.bfloat16 if has else torch.float32)
+    assert machine.precision("auto")[0] == (torch.bfloat16 if has else torch.float32)
     # an older GPU emulates bf16, and torch says that it supports it unless asked
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert training.precision("auto")[0] == torch.float16
+    assert machine.precision("auto")[0] == torch.float16
 
 
 # --- resume
@@ -696,7 +700,8 @@ def test_a_nan_ends_the_run_and_stays_readable(tiny, tmp_path):
     manifest = {"manifest_sha256": "abc", "source": "rows.jsonl"}
     settings = {**SETTINGS, "MODEL_NAME": str(tiny), "OUTPUT_DIR": str(tmp_path)}
     rows = {"train_rows": 1, "eval_rows": 1}
-    log = training.RunLog("lora", settings, manifest, rows, AutoConfig.from_pretrained(tiny), None)
+    plan = plan_of(constants(SCRIPTS[1]))
+    log = training.RunLog("lora", settings, plan, manifest, rows, AutoConfig.from_pretrained(tiny), None)
     state = TrainerState(is_world_process_zero=True, global_step=3, best_model_checkpoint="out/checkpoint-2")
     state.log_history = [{"loss": 2.0, "step": 2}, {"loss": math.nan, "step": 3}]
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
