@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ DATASET_CONFIG: str | None = None  # configuration (subset) of a Hub data set th
 DATASET_SPLIT = "train"  # split of a Hub data set
 DATASET_REVISION: str | None = None  # branch, tag or commit on the Hub; none is the default branch
 # Only needed where the columns are not recognised by themselves.
-COLUMN_MAP: dict = {}  # e.g. instruction=task,input=context,output=result
+COLUMN_MAP: dict[str, str] = {}  # e.g. instruction=task,input=context,output=result
 
 # --- model
 MODEL_NAME = "microsoft/phi-2"  # its tokenizer measures the rows; the same as in the training scripts
@@ -69,6 +70,7 @@ import jinja2
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import yaml
 from datasketch import MinHash
 from scipy.sparse import coo_array, csgraph
 from tqdm.auto import tqdm
@@ -171,18 +173,26 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
         patterns = datasets.data_files.get_data_patterns(str(folder))
     except FileNotFoundError:
         return []
+
+    def data_files(of: str) -> set[Path]:
+        found = datasets.data_files.DataFilesList.from_patterns(patterns[of], base_path=str(folder))
+        paths = {Path(file).resolve() for file in found}
+        return {path for path in paths if path.suffix.lower() in KINDS and path.name not in NO_ROWS}
+
+    every = {path.resolve() for path in folder.rglob("*") if path.suffix.lower() in KINDS}
+    every = {path for path in every if path.name not in NO_ROWS}
     if split not in patterns and list(patterns) != ["train"]:
         fail(
             f"DATASET_SPLIT {split!r} is not in {folder}; its files are named for: "
             f"{', '.join(map(str, patterns))}; "
-            f"choose one, e.g. --dataset_split {next(iter(patterns))}"
+            f"choose one, e.g. --dataset_split {next(iter(patterns))}, or put the files that you mean into "
+            f"a folder of "
+            f"their own (there: {', '.join(sorted(path.name for path in every))})"
         )
-    found = datasets.data_files.DataFilesList.from_patterns(
-        patterns.get(split, patterns[next(iter(patterns))]), base_path=str(folder)
-    )
-    kept = {
-        Path(file) for file in found if Path(file).suffix.lower() in KINDS and Path(file).name not in NO_ROWS
-    }
+    kept = data_files(split if split in patterns else next(iter(patterns)))
+    left = sorted(str(path.relative_to(folder.resolve())) for path in every - kept)
+    if left:
+        files.say(f"note: not read, because their names are not of the split {split!r}: {', '.join(left)}")
     return sorted(kept)
 
 
@@ -193,6 +203,14 @@ def load_from_hub(name: str, config: str | None, split: str, revision: str | Non
     with files.hub_errors("data set", name, "DATASET_NAME", revision):
         try:
             return datasets.load_dataset(name, config, split=split, revision=revision)
+        except (FileNotFoundError, yaml.YAMLError) as error:
+            if files.local_path(name) is None:
+                raise
+            cause = " ".join(str(error).split())[:300]
+            fail(
+                f"{name}/README.md: its configurations cannot be read ({cause}); mend them, or remove the "
+                f"file"
+            )
         except datasets.exceptions.DatasetGenerationError as error:
             cause = " ".join(str(error.__cause__ or error).split())[:300]
             fail(
@@ -223,15 +241,24 @@ def load_from_hub(name: str, config: str | None, split: str, revision: str | Non
         return datasets.load_dataset(name, data_dir=config, split=split, revision=branch)
 
 
+class Label(str):
+    """The name of a label, and those of all labels of its column."""
+
+    names: list[str] = []
+
+
 def named(batches: Iterable[pyarrow.Table], features: datasets.Features) -> Iterator[dict]:
-    """The rows of Arrow tables, with the names of labels in place of their numbers, and all names as
-    `options`."""
-    labels = {key: kind.names for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    """The rows of Arrow tables, with a Label in place of the number of each datasets.ClassLabel."""
+    labels = {}
+    for key, kind in features.items():
+        if isinstance(kind, datasets.ClassLabel):
+            labels[key] = [Label(name) for name in kind.names]
+            for label in labels[key]:
+                label.names = kind.names
     for batch in batches:
         for row in batch.to_pylist():
             for key, names in labels.items():
                 row[key] = names[row[key]] if row[key] is not None and 0 <= row[key] < len(names) else None
-                row.setdefault("options", names)
             yield row
 
 
@@ -272,17 +299,28 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     with pyarrow.parquet.ParquetFile(path) as file:
         no_twins(file.schema_arrow.names)
         batches = file.iter_batches(batch_size=1000)
-        rows = named(batches, datasets.Features.from_arrow_schema(file.schema_arrow))
+        try:
+            features = datasets.Features.from_arrow_schema(file.schema_arrow)
+        except ValueError:  # a type that `datasets` does not know, in a column that need not matter
+            features = datasets.Features()
+        rows = named(batches, features)
         yield from ((f"{path.name} row {n}", row) for n, row in enumerate(rows, 1))
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(sys.maxsize)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        no_twins(reader.fieldnames)
-        yield from ((f"{path.name} line {reader.line_num}", row) for row in reader)
+        reader = csv.DictReader(
+            file, strict=True
+        )  # or a quote that is never closed would swallow the rows behind it
+        try:
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            no_twins(reader.fieldnames)
+            yield from ((f"{path.name} line {reader.line_num}", row) for row in reader)
+        except csv.Error as error:
+            raise ValueError(
+                f"line {reader.line_num}: {error}; is a quote not closed, or not doubled?"
+            ) from error
 
 
 # strict would refuse a line break inside a string, which people do write
@@ -324,6 +362,7 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
                 yield from ((f"{path.name} row {n}", row) for n, row in enumerate(content, 1))
                 return
         file.seek(0)
+        broken = 0
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -331,7 +370,9 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
             try:
                 yield place, DECODER.decode(line)
             except (ValueError, RecursionError):
-                files.say(f"note: {path}, line {number} is not JSON and is left out: {line[:60]!r}")
+                broken += 1
+                if broken <= 3:
+                    files.say(f"note: {path}, line {number} is not JSON and is left out: {line[:60]!r}")
                 yield place, BadRow("not JSON")
 
 
@@ -371,7 +412,7 @@ SCHEMAS = [
 ]
 # columns that are taken too where they are there and nothing else is: what a question is about, and the
 # system message
-OPTIONAL = (("input", "input"), ("input", "context"), ("system", "system"))
+OPTIONAL = (("input", "input"), ("input", "context"), ("context", "context"), ("system", "system"))
 
 
 def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, str]]:
@@ -398,7 +439,7 @@ def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, st
     for name, needed in SCHEMAS:
         if all(column in columns for column in needed.values()):
             schema = dict(needed)
-            for ours, column in OPTIONAL if "messages" not in needed else ():
+            for ours, column in OPTIONAL if "messages" not in needed else OPTIONAL[-1:]:
                 if ours not in schema and column in columns and column not in schema.values():
                     schema[ours] = column
             return name, schema
@@ -434,17 +475,28 @@ def normalise(row: object, schema: dict[str, str]) -> dict:
             raise BadRow("gold_index names none of the options")
         example["output"] = choices[index]
     if "instruction" not in schema and "messages" not in schema:  # a classification: the label is the answer
-        names = row.get("options") or []
+        names = getattr(example["output"], "names", [])
+        if isinstance(example["output"], int) or (not names and str(example["output"]).strip().isdigit()):
+            raise BadRow("label is a number without a name")
         among = f" as {', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else ""
         example["instruction"] = f"Classify the {schema['input']}{among}." if example["input"] else None
+    turns = None
     if "messages" in schema:
-        example["given"] = example["messages"]
-        example["messages"] = normalise_messages(example["messages"])
-        return example
-    if isinstance(example["instruction"], list) and isinstance(
+        turns = example["messages"]
+    elif isinstance(example["instruction"], list) and isinstance(
         example["output"], list
     ):  # TRL's conversations
-        return {**example, "messages": normalise_messages(example["instruction"] + example["output"])}
+        turns = example["instruction"] + example["output"]
+    if turns is not None or "messages" in schema:
+        messages = normalise_messages(turns)
+        example["removed"] = len(turns) - len(messages)
+        if not isinstance(example["system"], str | None):
+            raise BadRow("system is not a string")
+        if (example["system"] or "").strip() and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": example["system"]})
+        return {**example, "messages": messages}
+    if "context" in schema and isinstance(example["context"], str | None):  # beside an input: both are needed
+        example["input"] = "\n\n".join(text for text in (example["input"], example["context"]) if text)
     for column, missing, empty, kind in (
         ("output", "missing answer", "empty answer", "answer is not a string"),
         ("instruction", "missing prompt", "empty prompt", "prompt is not a string"),
@@ -470,8 +522,9 @@ def normalise_messages(messages: object) -> list[dict]:
     for message in messages:
         if not isinstance(message, dict):
             raise BadRow("message is not an object")
-        role = ROLES.get(str(message.get("role", message.get("from"))).lower())
-        content = message.get("content", message.get("value"))
+        role = ROLES.get(str(message.get("role") or message.get("from")).lower())
+        content = message.get("content")
+        content = message.get("value") if content is None else content
         if isinstance(content, list):
             parts = [
                 part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
@@ -629,7 +682,7 @@ class Ruler:
             texts = [message["content"] for message in (*prompt, *completion)]
             if self.added[roles] + sum(len(text.encode()) for text in texts) <= self.max_length:
                 return None
-            if sum(map(len, texts)) > self.max_length * self.longest:
+            if sum(map(len, texts)) > max(self.max_length, 2048) * self.longest:
                 return 0
             tokens = sum(map(len, files.encode(self.tokenizer, prompt, completion)))
         except (ValueError, jinja2.TemplateError) as error:
@@ -680,7 +733,7 @@ def convert(
             continue
         if isinstance(formatted, str) and completion[0]["content"] != example["output"]:
             tally.changed["white space around the answer removed"] += 1
-        if "messages" in schema and len(prompt) + 1 < len(example["given"]):
+        if example.get("removed"):
             tally.changed["turns behind the last answer removed"] += 1
         seen.add(identity)
         yield {"id": identity, "prompt": prompt, "completion": completion}
@@ -704,9 +757,15 @@ def write_arrow(rows: Iterable[dict], path: Path) -> tuple[datasets.Dataset, np.
 
 
 def asked(prompt: list[dict]) -> str:
-    """What a prompt asks, in lower case. A system message is often the same in all rows and would make them
-    alike."""
-    return " ".join(message["content"] for message in prompt if message["role"] != "system").lower()
+    """What a prompt asks, in lower case, and what is only written differently in one form: 1,000.50 and
+    1000.5, NFC and
+    NFD, full-width letters. Left out is what would make all rows alike: the system message, step 1's own
+    instruction."""
+    text = " ".join(message["content"] for message in prompt if message["role"] != "system")
+    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    text = re.sub(r"^classify the (?:sentence|text)[^\n]*\.\n\n", "", text.lower())
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if "," in text else text
+    return re.sub(r"\d+\.\d+", lambda m: m[0].rstrip("0").rstrip("."), text) if "." in text else text
 
 
 def digest(text: str) -> int:
@@ -735,8 +794,12 @@ def signer() -> Callable[[dict], dict]:
     def sign(batch: dict) -> dict:
         signed = np.empty(len(batch["prompt"]), SIGNED)
         for row, prompt in enumerate(batch["prompt"]):
-            words = re.sub(r"\W+", " ", asked(prompt)).strip()
-            figures = np.array([digest(" ".join(sorted(re.findall(r"\d+", words))))], np.uint64)
+            text = asked(prompt)
+            figures = np.array([digest(" ".join(sorted(re.findall(r"\d+(?:\.\d+)?", text))))], np.uint64)
+            words = re.sub(r"\W+", " ", text).strip()
+            words = (
+                words if 2 * len(words) > len(text) else text
+            )  # emoji, formulas: nothing else is left of them
             letters = np.frombuffer(words.ljust(5).encode("utf-32-le"), np.uint32)
             pieces = sum(letters[n : len(letters) - 4 + n] * power for n, power in enumerate(powers))
             sketch.clear()
@@ -882,9 +945,7 @@ def report(
         f"{n['validation']:,} to validate and {n['test']:,} to test.",
         f"Prompts that are equal or nearly equal stay on one side: {groups['groups']:,} groups, the largest "
         f"of "
-        f"{groups['largest']:,} rows; {groups['same_prompt']:,} rows share their prompt with another row "
-        f"that answers "
-        f"it otherwise.",
+        f"{groups['largest']:,} rows; {groups['same_prompt']:,} rows share their prompt with another row.",
         "",
         "## Lengths",
         "",
@@ -939,12 +1000,14 @@ def problems(settings: dict) -> list[str]:
         found.append(
             f"MAX_DROP_FRACTION is {settings['MAX_DROP_FRACTION']}; it is a share: --max_drop_fraction 0.2"
         )
-    if not 0.3 <= (settings["NEAR_DUPLICATE_THRESHOLD"] or 1) <= 1:
+    alike = settings["NEAR_DUPLICATE_THRESHOLD"]
+    if alike is not None and not 0.7 <= alike <= 1:  # what is less alike, the buckets would not find
         found.append(
-            f"NEAR_DUPLICATE_THRESHOLD is {settings['NEAR_DUPLICATE_THRESHOLD']}; it is a similarity from "
-            f"0.3 to 1, "
-            f"or none: --near_duplicate_threshold 0.8"
+            f"NEAR_DUPLICATE_THRESHOLD is {alike}; it is a similarity from 0.7 to 1, or none: "
+            f"--near_duplicate_threshold 0.8"
         )
+    if not settings["DATASET_NAME"].strip():
+        found.append("DATASET_NAME is empty; give a Hub name, a file or a folder")
     for name in ("MAX_LENGTH", "NUM_TEST_PROMPTS"):
         if settings[name] < 1:
             found.append(f"{name} is {settings[name]}; it must be at least 1")
@@ -988,8 +1051,10 @@ def main() -> None:
             source = read_rows(DATASET_NAME, DATASET_CONFIG, DATASET_SPLIT, DATASET_REVISION)
             first = list(itertools.islice(source, 1000))
             if all(isinstance(row, BadRow) for _, row in first):
-                fail(f"DATASET_NAME {DATASET_NAME!r} holds no rows; give a data set that does")
+                why = "; no line is a row: is it a list, or spread over lines? call it .json" if first else ""
+                fail(f"DATASET_NAME {DATASET_NAME!r} holds no rows{why}; give a data set that does")
             columns = list(dict.fromkeys(c for _, row in first if isinstance(row, dict) for c in row if c))
+            columns = [str(c).encode(errors="replace").decode() for c in columns]
             schema_name, schema = find_schema(columns, COLUMN_MAP)
             files.say(f"{DATASET_NAME}: columns {', '.join(columns)}: read as {schema_name}")
             tally = Tally()
@@ -1000,17 +1065,26 @@ def main() -> None:
             stop_at_too_many(tally)
 
             # --- split
-            groups = find_groups(rows, ids, questions, NEAR_DUPLICATE_THRESHOLD)
+            groups = (
+                find_groups(rows, ids, questions, NEAR_DUPLICATE_THRESHOLD) if len(ids) else ids.astype(int)
+            )
             parts = split_rows(ids, groups, EVAL_FRACTION, SEED)
             sizes = {name: len(numbers) for name, numbers in parts.items()}
             largest = int(np.bincount(groups).max()) if len(groups) else 0
             if not all(sizes.values()):
-                mend = "add rows"
-                if largest > max(len(ids) // 2, 2) and NEAR_DUPLICATE_THRESHOLD is not None:
+                equal = max(collections.Counter(questions.tolist()).values(), default=0)
+                mend, half = "add rows", max(len(ids) // 2, 2)
+                if equal > half:
+                    mend = (
+                        f"{equal} have one prompt, which must stay on one side: add rows with other prompts"
+                    )
+                elif largest > half and NEAR_DUPLICATE_THRESHOLD is not None:
                     mend = (
                         f"{largest} of their prompts are nearly equal and must stay on one side: "
                         f"--near_duplicate_threshold 0.95, or none"
                     )
+                elif not sizes["train"] and EVAL_FRACTION > 0.5:
+                    mend = "--eval_fraction 0.1"
                 elif EVAL_FRACTION < 0.2 and len(ids) > 9:
                     mend += ", or --eval_fraction 0.2"
                 fail(

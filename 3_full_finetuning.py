@@ -118,7 +118,7 @@ def training_arguments(c: SimpleNamespace, dtype: torch.dtype, plan: machine.Pla
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         restore_callback_states_from_checkpoint=False,  # RunLog reads its own
-        report_to=c.REPORT_TO.split(","),
+        report_to=c.REPORT_TO.replace(" ", "").split(","),
         dataloader_pin_memory=torch.cuda.is_available(),
         deepspeed=training.prepare_deepspeed(c.DEEPSPEED_CONFIG) if c.USE_DEEPSPEED else None,
     )

@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -210,6 +211,31 @@ class Plan:
         return "\n".join([*lines, *(f"  chosen: {reason}" for reason in self.reasons)])
 
 
+def adapt(model, adapter):
+    """The model with LoRA's adapters around it. Ends with exit code 2 where LORA_TARGET_MODULES fits
+    nothing."""
+    wanted = adapter.target_modules
+    names = [wanted] if isinstance(wanted, str) else sorted(wanted)
+    modules = [name for name, _ in model.named_modules()]
+    try:
+        for name in names if not isinstance(wanted, str) else []:
+            if not any(module == name or module.endswith("." + name) for module in modules):
+                raise ValueError(name)
+        if not names:
+            raise ValueError("an empty list")
+        return get_peft_model(model, copy.deepcopy(adapter))
+    except (ValueError, re.error) as error:
+        known = sorted(
+            {module.rpartition(".")[2] for module in modules if module and not module[-1].isdigit()}
+        )
+        fail(
+            f"LORA_TARGET_MODULES {wanted if isinstance(wanted, str) else names} fits no layer of this model "
+            f"({' '.join(str(error).split())[:120]}); it has: {', '.join(known)}; adapt every linear layer "
+            f"with: "
+            f"--lora_target_modules all-linear"
+        )
+
+
 class Sizes:
     """Parameters of a model, and bytes of its activations, from its configuration and the adapter's alone.
 
@@ -229,7 +255,7 @@ class Sizes:
             self.total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
             self.trainable = self.total
             if adapter is not None:
-                model = get_peft_model(model, copy.deepcopy(adapter))
+                model = adapt(model, adapter)
                 self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         text = config.get_text_config()
         self.layers, self.hidden, self.vocabulary = text.num_hidden_layers, text.hidden_size, text.vocab_size
@@ -255,7 +281,7 @@ class Sizes:
         with init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(config)
             if adapter is not None:
-                model = get_peft_model(model, copy.deepcopy(adapter)).get_base_model()
+                model = adapt(model, adapter).get_base_model()
         model = model.base_model.train()
         with FakeTensorMode():
             tensors = {}
@@ -373,7 +399,7 @@ def make_plan(c, config, dtype: torch.dtype, length: int, adapter) -> Plan:
     method = "LoRA" if lora else "full"
     files.say(f"memory plan, {method}, {batch} x {length} tokens a pass:\n{plan.table()}")
     if plan.total > free:
-        ways = ways_out(c, config, dtype, length, sizes, free, adapter)
+        ways = ways_out(c, config, dtype, length, sizes, free, plan.total, adapter)
         fail(
             f"{c.MODEL_NAME} ({method}) needs {plan.total / GB:.1f} GB at the least, and {free / GB:.1f} GB "
             f"are free; "
@@ -410,7 +436,9 @@ def reasons(c, on: bool, optim: str, half: bool, batch: int, steps: int) -> tupl
     return tuple(found)
 
 
-def ways_out(c, config, dtype: torch.dtype, length: int, sizes: Sizes, free: int, adapter) -> list[str]:
+def ways_out(
+    c, config, dtype: torch.dtype, length: int, sizes: Sizes, free: int, total: int, adapter
+) -> list[str]:
     """What would fit where a plan does not, each with its number."""
     found, lora = [], adapter is not None
 
@@ -418,18 +446,25 @@ def ways_out(c, config, dtype: torch.dtype, length: int, sizes: Sizes, free: int
         if needed <= free:
             found.append(f"{text} ({needed / GB:.1f} GB)")
 
-    def least(sizes: Sizes, c, half: bool) -> int:
-        optim = "paged_adamw_8bit" if hasattr(c, "LORA_R") else "adamw_torch_8bit"
-        return sum(parts(sizes, c, dtype, True, optim, half, 1).values())
+    def least(sizes: Sizes, c, free_choice: bool = False) -> int:
+        """The least that a training takes: one row a pass, and what the settings leave open chosen for
+        memory."""
+        on = True if free_choice or c.GRADIENT_CHECKPOINTING == "auto" else c.GRADIENT_CHECKPOINTING
+        small = "paged_adamw_8bit" if hasattr(c, "LORA_R") else "adamw_torch_8bit"
+        optim = small if free_choice or c.OPTIM == "auto" else c.OPTIM
+        half = optim == "adamw_torch_8bit" and dtype == torch.bfloat16
+        return sum(parts(sizes, c, dtype, on, optim, half, 1).values())
 
+    if c.GRADIENT_CHECKPOINTING is False or c.OPTIM != "auto":
+        offer("both left to the plan: --gradient_checkpointing auto --optim auto", least(sizes, c, True))
     as_lora = SimpleNamespace(**{**vars(c), "LORA_R": 16, "USE_4BIT": True, "USE_DEEPSPEED": False})
     if not lora:
         small = Sizes(
             config, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"), dtype, length
         )
-        offer("LoRA over 4 bits: python 2_lora_finetuning.py", least(small, as_lora, False))
+        offer("LoRA over 4 bits: python 2_lora_finetuning.py", least(small, as_lora, True))
         as_lora.USE_4BIT = False
-        offer("LoRA over 16 bits: python 2_lora_finetuning.py --use_4bit false", least(small, as_lora, False))
+        offer("LoRA over 16 bits: python 2_lora_finetuning.py --use_4bit false", least(small, as_lora, True))
         offload = parts(sizes, c, dtype, True, "adamw_torch_fused", False, 1)
         offer(
             "DeepSpeed with the optimizer on the CPU: --use_deepspeed --deepspeed_config "
@@ -437,17 +472,15 @@ def ways_out(c, config, dtype: torch.dtype, length: int, sizes: Sizes, free: int
             sum(size for name, size in offload.items() if name != "optimizer"),
         )
     elif not c.USE_4BIT:
-        offer("4 bits: --use_4bit true", least(sizes, as_lora, False))
+        offer("4 bits: --use_4bit true", least(sizes, as_lora, True))
     for shorter in (512, 256, 128):
         if shorter < length:
-            needed = least(Sizes(config, adapter, dtype, shorter), c, not lora and dtype == torch.bfloat16)
+            needed = least(Sizes(config, adapter, dtype, shorter), c)
             if needed <= free:
                 offer(f"rows of up to {shorter} tokens: --max_length {shorter}", needed)
                 break
-    each = least(sizes, c, not lora and dtype == torch.bfloat16) / sizes.total
-    found.append(
-        f"a smaller model, of about {free / each / 1e9:.1f} billion parameters (computed in proportion)"
-    )
+    billions = free / total * sizes.total / 1e9
+    found.append(f"a smaller model, of about {billions:.1f} billion parameters (computed in proportion)")
     return found
 
 

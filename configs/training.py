@@ -34,7 +34,6 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
-from transformers.training_args import OptimizerNames
 from trl import SFTTrainer, pack_dataset
 
 from configs import files
@@ -116,15 +115,7 @@ class ExactTrainer(SFTTrainer):
             time.monotonic(),
             0,
         )  # when the last record was made, at how many tokens
-        try:
-            super().__init__(*args, compute_metrics=token_exact, **kwargs)
-        except ValueError as error:  # PEFT names the layers that it looked for, after the model has loaded
-            if "arget modules" not in str(error):
-                raise
-            fail(
-                f"LORA_TARGET_MODULES fits no layer of this model: {' '.join(str(error).split())[:300]}; "
-                "adapt every linear layer with: --lora_target_modules all-linear"
-            )
+        super().__init__(*args, compute_metrics=token_exact, **kwargs)
         # TRL casts QLoRA's trainable weights to bf16, where an update below 1/256 of a weight vanishes and
         # which fp16's GradScaler refuses; in fp32 they cost next to nothing. (Full fine-tuning chooses its
         # dtype when it loads.)
@@ -217,6 +208,7 @@ def settings_problems(settings: dict) -> list[str]:
         "LOGGING_STEPS",
         "SAVE_TOTAL_LIMIT",
         "LORA_R",
+        "LORA_ALPHA",
     ):
         if name in settings and settings[name] < 1:
             found.append(f"{name} is {settings[name]}; it must be at least 1: --{name.lower()} 1")
@@ -252,9 +244,13 @@ def settings_problems(settings: dict) -> list[str]:
         found.append(f"PRECISION is {settings['PRECISION']!r}; choose auto, bf16, fp16 or fp32")
     # the library's other schedules need arguments of their own
     schedules = "cosine linear constant constant_with_warmup polynomial inverse_sqrt".split()
+    # those of the library's that need no further package
+    optimizers = "auto adamw_torch adamw_torch_fused adamw_torch_8bit adamw_bnb_8bit paged_adamw_8bit "
+    optimizers += "paged_adamw_32bit lion_8bit lion_32bit paged_lion_8bit paged_lion_32bit "
+    optimizers += "adafactor sgd adagrad rmsprop"
     for name, known in (
         ("LR_SCHEDULER", schedules),
-        ("OPTIM", ["auto", *(kind.value for kind in OptimizerNames)]),
+        ("OPTIM", optimizers.split()),
     ):
         if settings[name] not in known:
             found.append(f"{name} is {settings[name]!r}; choose one of: {', '.join(known)}")
@@ -266,6 +262,10 @@ def settings_problems(settings: dict) -> list[str]:
             found.append(f"REPORT_TO is {tracker!r}; choose one of: {', '.join(modules)}")
         elif importlib.util.find_spec(modules[tracker]) is None:
             found.append(f"REPORT_TO is {tracker!r}, which is not installed: pip install {tracker}")
+    if "none" in settings["REPORT_TO"] and settings["REPORT_TO"].strip() != "none":
+        found.append(f"REPORT_TO is {settings['REPORT_TO']!r}; none stands alone: --report_to none")
+    if settings["RESUME"] not in ("auto", True, False):
+        found.append(f"RESUME is {settings['RESUME']!r}; choose auto, true or false: --resume auto")
     if not 0 <= settings["SEED"] < 2**32:
         found.append(f"SEED is {settings['SEED']}; it must be at least 0 and below 2**32: --seed 42")
     for name in ("WEIGHT_DECAY", "MAX_GRAD_NORM"):
@@ -287,9 +287,14 @@ def settings_problems(settings: dict) -> list[str]:
         else:
             text = path.read_text("utf-8")
             try:
-                json.loads(text)
+                config = json.loads(text)
+                if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+                    raise ValueError("an object with an object zero_optimization is needed")
             except ValueError as error:
-                found.append(f"DEEPSPEED_CONFIG {path} is not JSON ({error})")
+                found.append(
+                    f"DEEPSPEED_CONFIG {path} is not JSON of the right shape ({error}); compare "
+                    f"configs/ds_config.json"
+                )
         if text and "offload" in text and not shutil.which("nvcc"):
             found.append(
                 f"{path} offloads to the CPU, which compiles with the CUDA toolkit, and nvcc is not "
@@ -378,6 +383,9 @@ def token_rows(
 
 
 SAME_RUN = (
+    "MERGE_ADAPTER",
+    "PLAN_ONLY",
+    "DEVICE_MEMORY_GB",
     "LOGGING_STEPS",
     "SAVE_TOTAL_LIMIT",
     "RESUME",
@@ -810,6 +818,9 @@ def save_final(trainer: ExactTrainer, folder: str, dtype: torch.dtype | None, lo
             cast_folder(staged, dtype)
         files.write_text(staged / "README.md", model_card(log, trainer.state, Path(folder)))
         files.put_folder(staged, Path(folder))
+        shutil.rmtree(
+            Path(folder).with_name("merged_model"), ignore_errors=True
+        )  # of the adapter before this one
 
 
 def nll_per_token(model, rows: Dataset) -> float:

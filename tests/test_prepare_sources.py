@@ -227,8 +227,8 @@ def test_labels_of_a_local_parquet_file_are_named(step, tmp_path):
     rows = [{"text": f"T{i}", "label": i % 3} for i in range(5)] + [{"text": "none", "label": None}]
     (tmp_path / "rows.parquet").write_bytes(parquet(rows, features))
     read = [row for _, row in step.read_rows(str(tmp_path / "rows.parquet"), None, "train", None)]
-    named = [{**row, "label": None if row["label"] is None else NAMES[row["label"]]} for row in rows]
-    assert read == [{**row, "options": NAMES} for row in named]
+    assert read == [{**row, "label": None if row["label"] is None else NAMES[row["label"]]} for row in rows]
+    assert read[0]["label"].names == NAMES
 
 
 # --- damaged files
@@ -401,7 +401,7 @@ def test_chinese_prompts_are_compared_too(tiny, tmp_path):
         for text in texts[:2]
     ]
     ok(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny))
-    assert manifest_of(tmp_path)["groups"] == {"groups": 42, "largest": 2, "same_prompt": 0}
+    assert manifest_of(tmp_path)["groups"] == {"groups": 42, "largest": 2, "same_prompt": 2}
 
 
 def test_rows_that_are_all_nearly_equal_cannot_be_split(tiny, tmp_path):
@@ -483,3 +483,123 @@ def test_what_was_changed_is_said(tiny, tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer_of_tiny(tiny):
     return files.load_tokenizer(str(tiny), None, "auto")
+
+
+# --- what an attack found
+
+
+def test_a_quote_that_is_not_closed_swallows_no_row(tiny, tmp_path):
+    rows = [f'Question {i}?,"Answer {i}."' for i in range(80)]
+    rows[60] = 'Question 60?,"Answer 60.'
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(["instruction,output", *rows]), encoding="utf-8")
+    assert len(refused(prepare(path, tiny), "rows.csv", "line ", "quote")) == 1
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("Is ${i}148 enough for a car?", "Is ${i},148 enough for a car?"),
+        ("Is {i}111 enough for a car?", "Is {i}111.00 enough for a car?"),
+        ("Où est passée l'épargne déposée à côté, numéro {i} ?", "Ou\u0300 est passe\u0301e l'e\u0301pargne "
+         "de\u0301pose\u0301e a\u0300 co\u0302te\u0301, nume\u0301ro {i} ?"),
+        ("第{i}题：什么是市盈率？", "第{i}题:什么是市盈率?"),
+    ],
+    ids=["thousands", "decimals", "NFD", "full width"],
+)  # fmt: skip
+def test_one_prompt_in_two_spellings_stays_on_one_side(tiny, tmp_path, one, other):
+    rows = []
+    for i in range(10, 60):
+        rows += [
+            {"instruction": text.format(i=i), "output": f"{n} {i}"} for n, text in enumerate((one, other))
+        ]
+    ok(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny))
+    parts = parts_of(tmp_path)
+    assert all(parts[f"0 {i}"] == parts[f"1 {i}"] for i in range(10, 60))
+    assert manifest_of(tmp_path)["groups"]["groups"] == 50
+
+
+def test_emoji_and_formulas_are_told_apart(tiny, tmp_path):
+    signs = [chr(0x1F600 + i) * 3 for i in range(40)]
+    path = write_rows(
+        tmp_path / "rows.jsonl", [{"instruction": s, "output": f"Sign {i}"} for i, s in enumerate(signs)]
+    )
+    ok(prepare(path, tiny))
+    assert manifest_of(tmp_path)["groups"]["groups"] == 40
+
+
+def test_the_classification_that_step_1_asks_for_makes_no_rows_alike(step, tiny, tmp_path):
+    names = [f"a rather long name of a topic that customers write about, number {i}" for i in range(40)]
+    features = datasets.Features(
+        {"topic": datasets.ClassLabel(names=["x", "y"]), "text": datasets.Value("string")}
+        | {"label": datasets.ClassLabel(names=names)}
+    )
+    rows = [{"topic": 0, "text": row["instruction"], "label": i % 40} for i, row in enumerate(long_rows(80))]
+    (tmp_path / "rows.parquet").write_bytes(parquet(rows, features))
+    ok(prepare(tmp_path / "rows.parquet", tiny, "--max_length", "8000"))
+    assert manifest_of(tmp_path)["groups"]["groups"] == 80
+    first = kept(tmp_path)[0]  # the names are those of the column that is the answer
+    assert names[0] in first["prompt"][0]["content"] and first["completion"][0]["content"] in names
+
+
+def test_a_system_column_beside_messages_is_not_lost(tiny, tmp_path):
+    talk = [{"from": "human", "value": "Q{i}?"}, {"from": "gpt", "value": "A{i}"}]
+    rows = [
+        {
+            "system": "You are a pirate.",
+            "conversations": [{**t, "value": t["value"].format(i=i)} for t in talk],
+        }
+        for i in range(30)
+    ]
+    ok(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny))
+    assert all(
+        row["prompt"][0] == {"role": "system", "content": "You are a pirate."} for row in kept(tmp_path)
+    )
+
+
+def test_context_beside_an_input_is_not_lost(tiny, tmp_path):
+    rows = [
+        {"instruction": f"Q{i}?", "input": "In" * (i % 2), "context": f"Facts {i}.", "output": "A"}
+        for i in range(30)
+    ]
+    ok(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny))
+    assert all("Facts" in row["prompt"][0]["content"] for row in kept(tmp_path))
+
+
+def test_files_that_are_not_read_are_named(tiny, tmp_path, step, capsys):
+    for name in ("train", "more"):
+        write_rows(tmp_path / f"{name}.jsonl", finance_rows(5))
+    assert len(list(step.read_rows(str(tmp_path), None, "train", None))) == 5
+    assert "more.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rows, flags, said",
+    [
+        ([{"instruction": "", "output": "A"}] * 9, ["--max_drop_fraction", "1"], "0 usable rows"),
+        ([{"instruction": "Q?", "output": f"A{i}"} for i in range(30)], [], "30 have one prompt"),
+        ([{"text": f"T{i}", "label": i % 2} for i in range(30)], [], "label is a number without a name"),
+        ([{"text": f"T{i}", "label": str(i % 2)} for i in range(30)], [], "label is a number without a name"),
+        (finance_rows(60), ["--eval_fraction", "0.999"], "--eval_fraction 0.1"),
+        (finance_rows(9), ["--near_duplicate_threshold", "0.5"], "from 0.7 to 1"),
+        (finance_rows(9), ["--near_duplicate_threshold", "0"], "from 0.7 to 1"),
+    ],
+    ids=["none", "one prompt", "numbers", "digits", "all held out", "too low", "zero"],
+)
+def test_what_cannot_be_split_says_why(tiny, tmp_path, rows, flags, said):
+    assert len(refused(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny, *flags), said)) == 1
+
+
+def test_columns_named_by_numbers_can_be_mapped(tiny, tmp_path):
+    lines = ["1,2", *(f"Is {i} even?,Maybe {i}." for i in range(30))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines), encoding="utf-8")
+    ok(prepare(tmp_path / "rows.csv", tiny, "--column_map", "instruction=1,output=2"))
+    assert manifest_of(tmp_path)["rows"]["kept"] == 30
+
+
+def test_a_list_over_several_lines_that_is_called_jsonl(tiny, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps(r, indent=1) for r in finance_rows(20)), encoding="utf-8"
+    )
+    result = prepare(tmp_path / "rows.jsonl", tiny)
+    assert len(refused(result, "call it .json")) == 1 and result.stdout.count("is not JSON") == 3

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -365,6 +366,31 @@ def test_what_does_not_fit_is_refused_with_what_would(shapes, capsys):
 def test_a_setting_that_was_given_is_kept(shapes):
     plan = planned(shapes, FULL, "phi-2", 200, GRADIENT_CHECKPOINTING=True, OPTIM="sgd")
     assert plan.checkpointing and plan.optim == "sgd" and plan.parts["optimizer"] == 0
+
+
+@pytest.mark.parametrize("wanted", ["nonsense", "[]", "(((", "q_proj,nonsense"])
+def test_target_modules_that_fit_nothing_name_those_that_are_there(shapes, capsys, wanted):
+    from configs.settings import read_constants
+
+    value = read_constants(Path(load_script(LORA).__file__))["LORA_TARGET_MODULES"].parse(wanted, "--flag")
+    with pytest.raises(SystemExit) as end:
+        planned(shapes, LORA, "phi-2", 80, LORA_TARGET_MODULES=value)
+    assert end.value.code == 2
+    assert "q_proj" in (said := capsys.readouterr().err) and "all-linear" in said
+
+
+@pytest.mark.parametrize("fixed", [{"GRADIENT_CHECKPOINTING": False}, {"OPTIM": "adamw_torch_fused"}])
+def test_what_would_fit_does_fit(shapes, capsys, fixed):
+    """The ways out hold the settings that were given, and offer to leave them to the plan."""
+    with pytest.raises(SystemExit):
+        planned(shapes, FULL, "phi-2", 24, **fixed)
+    said = capsys.readouterr().err
+    assert "--gradient_checkpointing auto --optim auto" in said
+    if shorter := re.search(r"--max_length (\d+)", said):
+        plan = planned(shapes, FULL, "phi-2", 24, MAX_LENGTH=int(shorter[1]), **fixed)
+        assert plan.total <= plan.free
+    billions = float(re.search(r"of about ([\d.]+) billion", said)[1])
+    assert billions < 2.78
 
 
 def test_activations_are_those_that_autograd_keeps(scripts, tokenizer, tiny, tmp_path):
