@@ -96,7 +96,8 @@ def test_the_data_are_complete(pipeline):
     from datasets import load_from_disk
 
     folder = pipeline[0] / "data"
-    assert names(folder) - {".lock"} == {"train", "eval", "test_prompts.json", "manifest.json"}
+    report = {"dataset_report.md", "length_histogram.png"}
+    assert names(folder) - {".lock"} == {"train", "eval", "test_prompts.json", "manifest.json", *report}
     manifest = read(folder / "manifest.json")
     assert {"source", "revision", "schema", "settings", "rows", "sha256", "seed"} <= manifest.keys()
     assert manifest["source"] == DATA
@@ -121,7 +122,8 @@ def test_each_training_leaves_its_artefacts(pipeline, method, final):
     checkpoints = {path.name for path in folder.glob("checkpoint-*")}
     assert 1 <= len(checkpoints) <= 2
     # README.md is what TRL writes beside its checkpoints
-    assert names(folder) - checkpoints - {".lock", "README.md"} == {final, "runs", "training_log.json"}
+    left = {"runs", "training_log.json", "training_curves.png"}
+    assert names(folder) - checkpoints - {".lock", "README.md"} == {final, *left}
 
     log = read(folder / "training_log.json")
     expected = {"method", "model_name", "settings", "environment", "parameters", "data", "history", "summary"}
@@ -207,7 +209,7 @@ def test_a_warm_cache_is_enough(hub, home, pipeline, nobody, tmp_path):
     assert f"note: {nobody} cannot be reached" in said
     first, second = (read(folder / "data" / "manifest.json") for folder in (pipeline[0], tmp_path))
     assert first["sha256"] == second["sha256"]
-    said = ok(run(SCRIPTS[1], "--max_steps", "1", cwd=tmp_path, env=env))
+    said = ok(run(SCRIPTS[1], "--max_steps", "2", cwd=tmp_path, env=env))
     assert f"note: {nobody} cannot be reached" in said
     assert read(tmp_path / "outputs/lora_model/training_log.json")["summary"]["status"] == "done"
     assert len(hub.requests) == asked, hub.requests[asked:]
