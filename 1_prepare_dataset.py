@@ -184,10 +184,9 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     if split not in patterns and list(patterns) != ["train"]:
         fail(
             f"DATASET_SPLIT {split!r} is not in {folder}; its files are named for: "
-            f"{', '.join(map(str, patterns))}; "
-            f"choose one, e.g. --dataset_split {next(iter(patterns))}, or put the files that you mean into "
-            f"a folder of "
-            f"their own (there: {', '.join(sorted(path.name for path in every))})"
+            f"{', '.join(map(str, patterns))}; choose one, e.g. --dataset_split {next(iter(patterns))}, or "
+            f"put the files that you mean into a folder of their own "
+            f"(there: {', '.join(sorted(path.name for path in every))})"
         )
     kept = data_files(split if split in patterns else next(iter(patterns)))
     left = sorted(str(path.relative_to(folder.resolve())) for path in every - kept)
@@ -757,10 +756,10 @@ def write_arrow(rows: Iterable[dict], path: Path) -> tuple[datasets.Dataset, np.
 
 
 def asked(prompt: list[dict]) -> str:
-    """What a prompt asks, in lower case, and what is only written differently in one form: 1,000.50 and
-    1000.5, NFC and
-    NFD, full-width letters. Left out is what would make all rows alike: the system message, step 1's own
-    instruction."""
+    """What a prompt asks, in lower case and one spelling: 1,000.50 is 1000.5, NFD is NFC, letters are narrow.
+
+    Left out is what would make all rows alike: the system message, and the instruction that step 1 adds.
+    """
     text = " ".join(message["content"] for message in prompt if message["role"] != "system")
     text = text if text.isascii() else unicodedata.normalize("NFKC", text)
     text = re.sub(r"^classify the (?:sentence|text)[^\n]*\.\n\n", "", text.lower())
@@ -797,9 +796,8 @@ def signer() -> Callable[[dict], dict]:
             text = asked(prompt)
             figures = np.array([digest(" ".join(sorted(re.findall(r"\d+(?:\.\d+)?", text))))], np.uint64)
             words = re.sub(r"\W+", " ", text).strip()
-            words = (
-                words if 2 * len(words) > len(text) else text
-            )  # emoji, formulas: nothing else is left of them
+            if 2 * len(words) < len(text):  # emoji, formulas: hardly anything is left of them
+                words = text
             letters = np.frombuffer(words.ljust(5).encode("utf-32-le"), np.uint32)
             pieces = sum(letters[n : len(letters) - 4 + n] * power for n, power in enumerate(powers))
             sketch.clear()
@@ -944,8 +942,7 @@ def report(
         f"train on, "
         f"{n['validation']:,} to validate and {n['test']:,} to test.",
         f"Prompts that are equal or nearly equal stay on one side: {groups['groups']:,} groups, the largest "
-        f"of "
-        f"{groups['largest']:,} rows; {groups['same_prompt']:,} rows share their prompt with another row.",
+        f"of {groups['largest']:,} rows; {groups['same_prompt']:,} rows share their prompt with another row.",
         "",
         "## Lengths",
         "",

@@ -381,7 +381,7 @@ def make_plan(c, config, dtype: torch.dtype, length: int, adapter) -> Plan:
     ladder = [(on, plain, False, c.BATCH_SIZE) for on in checkpoints]
     if c.OPTIM == "auto" and gpu:  # the 8-bit optimizers need a GPU
         ladder += [(checkpoints[-1], eight_bit, False, c.BATCH_SIZE)]
-        if not lora and dtype == torch.bfloat16:
+        if not lora and dtype == torch.bfloat16 and importlib.util.find_spec("torchao"):
             ladder += [(checkpoints[-1], "adamw_torch_8bit", True, c.BATCH_SIZE)]
     on, optim, half, _ = ladder[-1]
     rows = c.BATCH_SIZE * c.GRADIENT_ACCUMULATION_STEPS
