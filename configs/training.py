@@ -305,7 +305,7 @@ def settings_problems(settings: dict) -> list[str]:
 
 def pack(rows: Dataset, length: int) -> Dataset:
     """Rows packed into sequences of up to `length` tokens, best fit first, none of them cut (TRL's bfd)."""
-    return pack_dataset(rows.remove_columns("length"), length, "bfd")
+    return pack_dataset(rows.remove_columns(["length", "trained"]), length, "bfd")
 
 
 def callbacks(c, log: TrainerCallback) -> list[TrainerCallback]:
@@ -345,7 +345,7 @@ def token_rows(
     data_dir: str, part: str, limit: int | None, tokenizer, max_length: int, max_drop_fraction: float
 ) -> Dataset:
     """Rows of "train" or "validation" as the trainer takes them: input_ids, labels (-100 on the prompt),
-    length.
+    length, and how many tokens are trained.
 
     A row that does not fit max_length is dropped and counted, never cut: a cut answer teaches to stop in
     mid-sentence. limit: use so many rows (None: all). Raises: SystemExit(2) when more than max_drop_fraction
@@ -360,7 +360,12 @@ def token_rows(
     def encode(row: dict) -> dict:
         context, answer = files.encode(tokenizer, row["prompt"], row["completion"])
         ids = context + answer
-        return {"input_ids": ids, "labels": [-100] * len(context) + answer, "length": len(ids)}
+        return {
+            "input_ids": ids,
+            "labels": [-100] * len(context) + answer,
+            "length": len(ids),
+            "trained": len(answer),
+        }
 
     # keep_in_memory: the ids depend on a template that the cache's fingerprint would not see
     encoded = rows.map(encode, remove_columns=rows.column_names, keep_in_memory=True, desc="tokenising")
@@ -583,7 +588,10 @@ class RunLog(TrainerCallback, ExportableState):
         if args.world_size > 1 or not self.prompts or getattr(self.board, "tb_writer", None) is None:
             return
         text = []
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         for prompt, answer in self.prompts:
+            if len(prompt) + 48 > positions:
+                continue
             ids = torch.tensor([prompt], device=args.device)
             with torch.no_grad():
                 out = model.generate(
@@ -720,8 +728,7 @@ def preflight(rows: Dataset, validation: Dataset, tokenizer, c, plan: Plan) -> N
     if step > len(rows):
         fail(
             f"one optimizer step takes {plan.batch_size} x {plan.accumulation} x {processes} = {step} rows, "
-            f"and there "
-            f"are {len(rows)}; take fewer: --batch_size 1 --gradient_accumulation_steps "
+            f"and there are {len(rows)}; take fewer: --batch_size 1 --gradient_accumulation_steps "
             f"{max(len(rows) // 4, 1)}"
         )
     steps = c.MAX_STEPS or math.ceil(math.ceil(len(rows) / step) * c.NUM_EPOCHS)
@@ -729,20 +736,18 @@ def preflight(rows: Dataset, validation: Dataset, tokenizer, c, plan: Plan) -> N
     if c.WARMUP_RATIO and warmup >= steps:
         fail(
             f"the run has {steps} step{'s' * (steps > 1)}, and WARMUP_RATIO={c.WARMUP_RATIO} makes {warmup} "
-            f"of them "
-            f"warm-up: the learning rate would never be reached; train longer, or --warmup_ratio 0"
+            f"of them warm-up: the learning rate would never be reached; train longer, or --warmup_ratio 0"
         )
-    lengths = np.array([len(ids) for ids in rows["input_ids"]])
+    lengths, trained = np.array(rows["length"]), sum(rows["trained"])
     order = np.array(list(LengthGroupedSampler(lengths, step, c.SEED, lambda: 0)))
     padded = sum(
         len(part) * part.max()
         for part in (lengths[order[i : i + plan.batch_size]] for i in range(0, len(order), plan.batch_size))
     )
-    trained = sum(sum(label != -100 for label in labels) for labels in rows["labels"])
     files.say(
         f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, "
-        f"{1 - lengths.sum() / padded:.1%} "
-        f"padding; {len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} of them warm-up"
+        f"{1 - lengths.sum() / padded:.1%} padding; {len(validation)} rows to validate; "
+        f"{steps} steps of {step} rows, {warmup} of them warm-up"
     )
 
 
