@@ -125,14 +125,15 @@ def put_all(staged: Path, folder: Path) -> None:
 def roll_back(folder: Path) -> None:
     """Undo an exchange of `put_all` that was cut off: the folder is as it was before. Nothing where none
     was."""
-    old = folder / ".old"
+    old, names = folder / ".old", {}
     with contextlib.suppress(OSError, ValueError):  # without the list, nothing was moved yet
-        for name, was_there in json.loads((old / ".names").read_text("utf-8")).items():
-            path = folder / name
-            if (old / name).exists() or not was_there:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            if (old / name).exists():
-                (old / name).rename(path)
+        names = json.loads((old / ".names").read_text("utf-8"))
+    for name, was_there in names.items():  # what goes wrong here must be seen, and .old be kept
+        path = folder / name
+        if (old / name).exists() or not was_there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if (old / name).exists():
+            (old / name).rename(path)
     for left in (old, folder / ".done"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -208,7 +209,9 @@ def read_manifest(data_dir: str | Path) -> dict:
     Raises: SystemExit(2) when the data are missing or incomplete.
     """
     path = Path(data_dir) / "manifest.json"
-    if (Path(data_dir) / ".old").is_dir():  # a run of step 1 was killed while it exchanged the files
+    if (
+        main_process() and (Path(data_dir) / ".old").is_dir()
+    ):  # a run of step 1 was killed while it exchanged the files
         with lock(data_dir):
             roll_back(Path(data_dir))
     there = sorted(p.name for p in Path(data_dir).glob("[!.]*")) if Path(data_dir).is_dir() else []
