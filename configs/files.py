@@ -443,6 +443,12 @@ def load_tokenizer(name: str, revision: str | None, prompt_format: str):
     return tokenizer
 
 
+def is_our_template(tokenizer) -> bool:
+    """True when the chat template is one of configs/chat_templates, so not one that the model came with."""
+    ours = (ROOT / "configs" / "chat_templates").glob("*.jinja")
+    return any((tokenizer.chat_template or "").endswith(path.read_text("utf-8")) for path in ours)
+
+
 def markers(tokenizer) -> list[str]:
     """Strings that would pose as a turn or as the end of one: special tokens and the markers of the chat
     template."""

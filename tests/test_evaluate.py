@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 METRICS = ["nll_per_token", "answer_quality", "style_match", "helpfulness"]
 MODEL_KEYS = {*METRICS, "perplexity", "bits_per_byte", "scored_tokens", "forgetting", "cost"}
 PAIRS = [("lora", "base"), ("full", "base"), ("full", "lora")]
+PAIRS_4BIT = [("base_4bit", "base"), ("lora", "base_4bit")]
 GENERAL = "The river rose in the night.\n\nTwo birds sat on a wall and sang until noon.\n"
 
 
@@ -105,12 +106,13 @@ def test_the_context_is_conditioned_on_and_not_scored(script, phi):
 def test_batches_keep_to_the_budget_and_lose_no_row(script):
     lengths = [random.Random(0).randint(1, 90) for _ in range(10)] + [5, 500, 5, 77, 1]
     for budget in (1, 100, 350, 10**6):
-        found = list(script.batches(lengths, budget))
+        found = list(script.batches(list(range(len(lengths))), lengths, budget))
         assert sorted(itertools.chain(*found)) == list(range(len(lengths)))
         for batch in found:
             assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
-    assert len(list(script.batches(lengths, 10**6))) == 1
-    assert list(script.batches([], 100)) == []
+    assert len(list(script.batches(list(range(len(lengths))), lengths, 10**6))) == 1
+    assert list(script.batches([3, 7], lengths, 10**6)) == [[3, 7] if lengths[3] >= lengths[7] else [7, 3]]
+    assert list(script.batches([], [], 100)) == []
 
 
 # --- answer
@@ -337,7 +339,15 @@ def test_identical_models_do_not_differ_at_all(script):
     nll, tokens = draw.gamma(2, 30, 50), draw.integers(1, 90, 50)
     for groups in (list(range(50)), ["x"] * 50, [n // 3 for n in range(50)]):
         found = script.compare(nll, nll.copy(), tokens, groups, 2000, 1)
-        assert found == {"difference": 0.0, "ci95": [0.0, 0.0], "p_value": 1.0, "n": 50}
+        assert found == {
+            "difference": 0.0,
+            "ci95": [0.0, 0.0],
+            "p_value": 1.0,
+            "n": 50,
+            "smallest_detectable": 0.0,
+        }
+        row = {"a": "lora", "b": "base", "metric": "nll_per_token", **found}
+        assert "no difference" in script.verdict({"comparisons": [row]}, script.load_words("en"))
 
 
 def test_a_planted_difference_is_found_and_has_its_size(script):
@@ -409,19 +419,29 @@ def test_holm_keeps_the_order_and_never_lowers_a_p_value(script):
         assert min(after) == pytest.approx(min(1, min(before) * len(before)))
 
 
-def test_the_verdict_follows_the_interval(script):
-    draw = random.Random(0)
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_verdict_follows_the_interval_and_the_test(script, language):
+    words, draw = script.load_words(language), random.Random(0)
+    said_of = {"better": "优于", "worse": "劣于", "no difference": "看不出差异"}
+    said_of = {key: key for key in said_of} if language == "en" else said_of
     cases = [(0.0, 0.2), (-0.2, 0.0), (0.0, 0.0)] + [
         tuple(sorted((draw.uniform(-1, 1), draw.uniform(-1, 1)))) for _ in range(200)
     ]
     for low, high in cases:
-        row = {"a": "lora", "b": "base", "metric": "nll_per_token", "difference": (low + high) / 2}
-        said = script.verdict({"comparisons": [row | {"ci95": [low, high], "p_value": 0.5, "n": 9}]})
-        words = set(re.findall(r"better|worse|no difference", said))
-        assert words == {"no difference" if low <= 0 <= high else "better" if high < 0 else "worse"}, said
+        for p in (0.01, 0.2):
+            row = {"a": "lora", "b": "base", "metric": "nll_per_token", "difference": (low + high) / 2}
+            row |= {"ci95": [low, high], "p_value": p, "n": 9}
+            said = script.verdict({"comparisons": [row]}, words)
+            wanted = "no difference" if low <= 0 <= high or p > 0.05 else "better" if high < 0 else "worse"
+            assert {key for key, text in said_of.items() if text in said} == {wanted}, said
     # the sentence is about nll alone: other metrics have another direction
     other = {"a": "lora", "b": "base", "metric": "style_match", "difference": 1.0, "ci95": [0.9, 1.1]}
-    assert "lora" not in script.verdict({"comparisons": [other]})
+    assert words["lora"] not in script.verdict({"comparisons": [other]}, words)
+    # nor is a comparison with an unsound model a verdict
+    unsound = [("other_data", {"name": "lora", "command": "python x.py"})]
+    row |= {"ci95": [-2, -1], "p_value": 0.001}
+    said = script.verdict({"comparisons": [row], "unsound": unsound}, words)
+    assert not [text for text in said_of.values() if text in said] and "python x.py" in said
 
 
 # --- fairness
@@ -444,7 +464,9 @@ def unfair(script, fair: dict, change, rows: int = 100, cut: dict | None = None)
     logs = copy.deepcopy(fair)
     change(logs)
     cut = {"lora": 0, "full": 0} if cut is None else cut
-    return script.fairness(logs, rows, SimpleNamespace(MAX_NEW_TOKENS=64), cut)
+    notes = script.fairness(logs, rows, SimpleNamespace(MAX_NEW_TOKENS=64), cut)
+    assert all(script.say(note, script.load_words("zh")) for note in notes)
+    return [script.say(note, script.load_words("en")) for note in notes]
 
 
 def setting(method: str, **values):
@@ -491,6 +513,7 @@ def same_rate(logs: dict) -> None:
         (two_processes, "differ in rows per step: 4 (lora), 8 (full)"),
         (same_rate, "both methods had the learning rate"),
         (fewer_rows, "trained on different numbers of rows"),
+        (lambda logs: logs["full"]["data"].update(manifest_sha256="0"), "trained on different data"),
         (summary("lora", steps=30, epochs=0.3), "lora never left its warm-up (30 steps)"),
         (summary("full", steps=1, epochs=3.0), "full never left its warm-up (1 steps)"),
     ],
@@ -575,13 +598,15 @@ def test_the_files_are_these_and_no_others(evaluated):
         "plots",
     }
     pictures = sorted((outputs / "plots").iterdir())
-    assert [p.name for p in pictures] == ["loss_curves.png", "perplexity.png"]
+    assert [p.name for p in pictures] == ["cost.png", "forgetting.png", "loss_curves.png", "perplexity.png"]
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG\r\n") and picture.stat().st_size > 5000
 
 
 def test_the_results_have_the_agreed_keys(results):
-    assert set(results) == {"environment", "settings", "data", "models", "comparisons", "warnings"}
+    agreed = {"environment", "settings", "data", "models", "comparisons", "warnings"}
+    assert set(results) == agreed | {"judge", "unsound", "verdict"}
+    assert results["judge"] is None and results["unsound"] == []
     assert list(results["models"]) == ["base", "lora", "full"]
     for name, model in results["models"].items():
         assert set(model) >= MODEL_KEYS
@@ -590,14 +615,55 @@ def test_the_results_have_the_agreed_keys(results):
         assert set(model["perplexity_by_prompt"]) == ({"chat", "plain"} if name == "base" else {"chat"})
         assert model["perplexity"] == min(model["perplexity_by_prompt"].values())
         assert all(0 <= model[key] <= 1 for key in METRICS[1:])
+    # over 4 bits: the base in the same precision stands beside LoRA
+    likelihood = [*PAIRS, *PAIRS_4BIT]
     assert [(c["metric"], c["a"], c["b"]) for c in results["comparisons"]] == [
-        (metric, *pair) for metric in METRICS for pair in PAIRS
+        *(("nll_per_token", *pair) for pair in likelihood),
+        *((metric, *pair) for metric in METRICS[1:] for pair in PAIRS),
+        *(("forgetting", *pair) for pair in likelihood),
     ]
+    keys = {"a", "b", "metric", "difference", "ci95", "p_value", "n", "smallest_detectable"}
+    models = results["models"] | {"base_4bit": results["models"]["lora"]["base_4bit"]}
     for c in results["comparisons"]:
-        assert set(c) == {"a", "b", "metric", "difference", "ci95", "p_value", "n"}
-        a, b = results["models"][c["a"]], results["models"][c["b"]]
-        assert c["difference"] == pytest.approx(a[c["metric"]] - b[c["metric"]], abs=1e-9)
-        assert c["ci95"][0] <= c["difference"] <= c["ci95"][1] and 0 < c["p_value"] <= 1 and c["n"] == 16
+        assert set(c) == keys
+        a, b = models[c["a"]][c["metric"]], models[c["b"]][c["metric"]]
+        if c["metric"] == "forgetting":
+            a, b = a["nll_per_token"], b["nll_per_token"]
+        assert c["difference"] == pytest.approx(a - b, abs=1e-9)
+        assert c["ci95"][0] <= c["difference"] <= c["ci95"][1] and 0 < c["p_value"] <= 1
+        assert c["n"] == (2 if c["metric"] == "forgetting" else 16) and c["smallest_detectable"] >= 0
+
+
+def test_the_base_in_the_precision_of_lora_stands_beside_it(results, records, tiny):
+    base, lora = results["models"]["base"], results["models"]["lora"]
+    beside = lora["base_4bit"]
+    assert beside["prompt"] == base["prompt"] and set(beside["perplexity_by_prompt"]) == {base["prompt"]}
+    assert len({beside["nll_per_token"], base["nll_per_token"], lora["nll_per_token"]}) == 3
+    cost, gain = (
+        next(
+            c["difference"]
+            for c in results["comparisons"]
+            if (c["metric"], c["a"], c["b"]) == ("nll_per_token", *p)
+        )
+        for p in PAIRS_4BIT
+    )
+    assert cost + gain == pytest.approx(lora["nll_per_token"] - base["nll_per_token"])
+    # scored on the very tokens of the base, by the very model that LoRA stands on
+    rows, own = of(records, "base", "nll"), of(records, "base_4bit", "nll")
+    for a, b in zip(rows, own, strict=True):
+        assert all(a[key] == b[key] for key in ("id", "context_ids", "continuation_ids", "tokens"))
+    from transformers import BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, quantization_config=nf4).eval()
+    for row in own[:4]:
+        nll = plain_nll(model, row["context_ids"], row["continuation_ids"])
+        assert row["nll"] == pytest.approx(nll, rel=1e-5)
 
 
 def test_the_cost_is_the_log_and_the_size_on_disk(evaluated, results):
@@ -613,7 +679,7 @@ def test_the_cost_is_the_log_and_the_size_on_disk(evaluated, results):
 
 
 def test_the_examples_add_up_to_the_results(script, results, records):
-    assert len(records) == 3 * (16 + 16)
+    assert len(records) == 3 * (16 + 16) + 16
     for name, model in results["models"].items():
         rows, asked = of(records, name, "nll"), of(records, name, "answer")
         keys = {"id", "model", "context_ids", "continuation_ids", "nll", "tokens", "bytes"}
@@ -649,13 +715,14 @@ def test_what_was_scored_is_the_reference_without_its_end(evaluated, results, re
         assert tokenizer.eos_token_id not in row["continuation_ids"]
         question = test[row["id"]]["prompt"][-1]["content"]
         context = tokenizer.decode(row["context_ids"])
-        if results["models"][row["model"]]["prompt"] == "chat":
+        models = results["models"] | {"base_4bit": results["models"]["base"]}
+        if models[row["model"]]["prompt"] == "chat":
             wanted = full.apply_chat_template(
                 test[row["id"]]["prompt"], tokenize=False, add_generation_prompt=True
             )
             assert context == wanted
         else:
-            assert row["model"] == "base" and context == f"Question: {question}\n\nAnswer:\n"
+            assert row["model"].startswith("base") and context == f"Question: {question}\n\nAnswer:\n"
 
 
 @pytest.mark.parametrize("name", ["base", "full"])
@@ -711,14 +778,14 @@ class Page(HTMLParser):
 def test_the_page_holds_everything_itself(evaluated):
     page = (evaluated[0] / "outputs/evaluation_report.html").read_text("utf-8")
     links = Page(page).links
-    assert len(links) == 2 and all(link.startswith("data:image/png;base64,") for link in links)
+    assert len(links) == 4 and all(link.startswith("data:image/png;base64,") for link in links)
     assert "@import" not in page and "url(" not in page
 
 
 def test_helpfulness_is_called_a_proxy_wherever_it_is_shown(evaluated):
     folder, printed = evaluated
     shown = [line for line in printed.splitlines() if "helpful" in line.lower()]
-    assert len(shown) == 1 and "helpfulness (proxy, not judged)" in shown[0]
+    assert len(shown) == 1 and "helpfulness (proxy, not judged; 0 to 1)" in shown[0]
     assert len(shown[0].split(")")[1].split()) == 3
     report = (folder / "outputs/evaluation_report.md").read_text("utf-8")
     lines = [line for line in report.splitlines() if "helpful" in line.lower()]
@@ -738,8 +805,10 @@ def test_the_report_and_the_table_show_the_results(evaluated, results, script):
     assert rows["bits per byte on general text"][:3] == [
         f"{m['forgetting']['bits_per_byte']:.3f}" for m in models
     ]
-    assert script.verdict(results) in printed and script.verdict(results) in page.text
-    assert script.table(results) in printed
+    words = script.load_words("en")
+    assert results["verdict"] == script.verdict(results, words)
+    assert results["verdict"] in printed and results["verdict"] in page.text
+    assert script.table(results, words) in printed
     for model in models:
         assert f"{model['perplexity']:.2f}" in printed
     for warning in results["warnings"]:
@@ -788,6 +857,14 @@ def report(script, results: dict, folder: Path, texts: list[str], name: str) -> 
     results["settings"] |= {f"S{n}": text for n, text in enumerate(texts)} | {"MODEL_NAME": name}
     results["data"]["source"] = results["environment"]["device"] = name
     results["warnings"] = [f"lora is not compared: {text}" for text in texts]
+    results["judge"] = {
+        "judge": name,
+        "identical": {"n": 2, "ties": 2, "missing": 0},
+        "shuffled": {"n": 2, "win_rate": 1.0, "missing": 0},
+        "withheld": None,
+        "against_reference": {},
+        "between_models": [],
+    }
     examples = [
         {"prompt": f"Q: {text}", "reference": text, "base": text, "lora": text, "full": text}
         for text in texts
@@ -810,13 +887,14 @@ def test_hostile_text_cannot_leave_its_place(script, results, tmp_path):
         {"script", "a", "iframe", "h3", "blockquote", "pre", "del"}
     )
     assert len(page.links) == 2
-    rows = iter(page.rows)
-    for hostile in HOSTILE:
-        for name in ("reference", "base", "lora", "full"):
-            row = next(row for row in rows if row and row[0] == name)
-            assert " ".join(row[1].split()) == as_shown(hostile)
+    heads = [n for n, row in enumerate(page.rows) if row == ["reference", "base", "lora", "full"]]
+    assert len(heads) == len(HOSTILE)
+    for n, hostile in zip(heads, HOSTILE, strict=True):
+        assert [" ".join(text.split()) for text in page.rows[n + 1]] == [as_shown(hostile)] * 4
     # a reader of the markdown sees the same tables, whatever renders it
-    after = text[text.index("## Answers") :]
+    after = text[text.index("## Answers") : text.index("## Settings")]
+    assert {line.count("|") for line in after.splitlines() if line.startswith("|")} == {5}
+    after = text[text.index("## Settings") :]
     assert {line.count("|") for line in after.splitlines() if line.startswith("|")} == {3}
 
 
@@ -826,8 +904,8 @@ def test_names_are_shown_as_they_are(script, results, tmp_path):
     for n, name in enumerate(["microsoft/phi-2", "my_models/a*b_c", *HOSTILE[:13]]):
         _, page = report(script, results, tmp_path / str(n), [], name)
         assert page.tags == plain.tags
-        # once each: the model above, its setting, the data, the device
-        wrong += [name] if page.text.count(as_shown(name)) < 4 else []
+        # once each: the model above, its setting, the data, the device, the judge
+        wrong += [name] if page.text.count(as_shown(name)) < 5 else []
     assert wrong == []
 
 
@@ -838,8 +916,8 @@ def test_the_number_of_models_is_the_number_of_columns(script, results, tmp_path
         some["comparisons"] = [c for c in results["comparisons"] if not {c["a"], c["b"]} & set(left_out)]
         _, page = report(script, some, tmp_path / "_".join(["x", *left_out]), ["word"], "word")
         assert page.rows[0] == ["", *some["models"]]
-        assert {len(row) for row in page.rows[:13]} == {1 + len(some["models"])}
-        first, *lines = script.table(some).splitlines()
+        assert {len(row) for row in page.rows[:17]} == {1 + len(some["models"])}
+        first, *lines = script.table(some | {"judge": None}, script.load_words("en")).splitlines()
         assert first.split() == list(some["models"])
         assert len({len(line) for line in [first, *lines]}) == 1
 
@@ -881,9 +959,9 @@ def test_what_was_not_trained_is_named_and_the_rest_compared(call, missing, left
     assert code == 0
     results = json.loads((call.folder / "outputs/evaluation_results.json").read_text("utf-8"))
     assert list(results["models"]) == ["base", left]
-    assert [(c["a"], c["b"], c["metric"]) for c in results["comparisons"]] == [
-        (left, "base", m) for m in METRICS
-    ]
+    found = [(c["a"], c["b"], c["metric"]) for c in results["comparisons"]]
+    assert [c for c in found if "base_4bit" not in c] == [(left, "base", m) for m in METRICS]
+    assert len(found) == len(METRICS) + (2 if left == "lora" else 0)
     command = {"lora": "python 2_lora_finetuning.py", "full": "python 3_full_finetuning.py"}[missing]
     note = f"{missing} is not compared: {final} is missing; make it with: {command}"
     assert note in results["warnings"] and out.count(note) == 2  # before the work and after it
@@ -909,25 +987,40 @@ def test_another_base_is_refused(call, tiny, tmp_path):
     assert not (call.folder / "outputs/evaluation_results.json").exists()
 
 
-def test_other_data_are_refused(call, tiny):
-    # another held-out part: what would be tested was trained on
+def test_other_data_give_warnings_and_no_verdict(call, tiny):
+    # another held-out part: what is tested was trained on
     flags = ["--dataset_name", "rows.jsonl", "--model_name", tiny, "--eval_fraction", "0.2", "--seed", "1"]
     ok(run(SCRIPTS[0], *flags, cwd=call.folder))
-    code, said, _ = call()
-    assert code == 2 and said.count("was trained on other data") == 2
-    assert "2_lora_finetuning.py" in said and "3_full_finetuning.py" in said
+    code, _, out = call()
+    results = json.loads((call.folder / "outputs/evaluation_results.json").read_text("utf-8"))
+    assert code == 0 and results["verdict"].startswith("No verdict") and results["verdict"] in out
+    for name, command in (("lora", "2_lora_finetuning.py"), ("full", "3_full_finetuning.py")):
+        (said,) = [w for w in results["warnings"] if f"{name} was trained on other data" in w]
+        assert command in said and f"warning: {said}" in out
+    report = (call.folder / "outputs/evaluation_report.md").read_text("utf-8")
+    assert results["verdict"] in report and "is better than" not in report
 
 
-def test_an_unfinished_run_is_refused(call):
+def test_a_run_that_is_going_on_is_refused(call):
     for name in ("lora", "full"):
-        path = call.folder / f"outputs/{name}_model/training_log.json"
-        log = json.loads(path.read_text("utf-8"))
-        path.write_text(
-            json.dumps(log | {"summary": log["summary"] | {"status": "running"}}), encoding="utf-8"
-        )
+        edit_log(call, name, "running")
         code, said, _ = call()
-        assert code == 2 and f"outputs/{name}_model holds an unfinished run (running)" in said
+        assert code == 2 and f"outputs/{name}_model is being trained" in said
     assert len(said.splitlines()) == 2
+
+
+def edit_log(call, name: str, status: str) -> None:
+    path = call.folder / f"outputs/{name}_model/training_log.json"
+    log = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(log | {"summary": log["summary"] | {"status": status}}), encoding="utf-8")
+
+
+def test_a_run_that_stopped_early_gives_a_warning_and_no_verdict(call):
+    edit_log(call, "full", "failed")
+    code, _, out = call()
+    results = json.loads((call.folder / "outputs/evaluation_results.json").read_text("utf-8"))
+    assert code == 0 and results["verdict"].startswith("No verdict") and "failed after 4 steps" in out
+    assert [w for w in results["warnings"] if "full stopped early (failed after 4 steps)" in w]
 
 
 def test_missing_data_are_refused(call):
@@ -955,3 +1048,9 @@ def test_wrong_settings_are_shown_together(call):
         assert f"{name} is " in said
     code, said, _ = call(PRECISION="fp8")
     assert code == 2 and "PRECISION" in said and "bf16" in said
+    code, said, _ = call(
+        TEMPERATURE=-1.0, REPORT_LANGUAGE="de", PROMPT=" ", EMBEDDING_MODEL="no/such/folder/x"
+    )
+    assert code == 2 and len(said.splitlines()) == 4
+    for name in ("TEMPERATURE", "REPORT_LANGUAGE", "PROMPT", "EMBEDDING_MODEL"):
+        assert name in said

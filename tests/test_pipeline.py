@@ -105,7 +105,7 @@ def test_the_data_are_complete(pipeline):
     assert (rows["read"], rows["kept"]) == (ROWS, ROWS - sum(rows["dropped"].values()))
     train, held_out = load_from_disk(str(folder / "train")), load_from_disk(str(folder / "eval"))
     assert train.column_names == ["id", "prompt", "completion"]
-    assert held_out.column_names == ["id", "prompt", "completion", "part"]
+    assert held_out.column_names == ["id", "prompt", "completion", "part", "group"]
     assert len(train) + len(held_out) == rows["kept"]
     assert sorted(held_out["part"]) == ["test"] * 15 + ["validation"] * 15
     assert not set(train["id"]) & set(held_out["id"])
@@ -159,7 +159,7 @@ def test_the_evaluation_leaves_its_artefacts(pipeline):
     made = {"evaluation_results.json", "evaluation_examples.jsonl", "evaluation_report.md"}
     made |= {"evaluation_report.html", "plots"}
     assert names(folder) - {".lock"} == made | {"lora_model", "full_model"}
-    assert names(folder / "plots") == {"perplexity.png", "loss_curves.png"}
+    assert names(folder / "plots") == {"perplexity.png", "loss_curves.png", "cost.png"}
     results = read(folder / "evaluation_results.json")
     assert list(results["models"]) == ["base", "lora", "full"]
     assert {"environment", "settings", "data", "comparisons", "warnings"} <= results.keys()
@@ -169,14 +169,15 @@ def test_the_evaluation_leaves_its_artefacts(pipeline):
     for model in results["models"].values():
         assert {*agreed, "forgetting", "cost"} <= model.keys()
     pairs = {(c["a"], c["b"]) for c in results["comparisons"]}
-    assert pairs == {("lora", "base"), ("full", "base"), ("full", "lora")}
+    with_4bit = {("base_4bit", "base"), ("lora", "base_4bit")}
+    assert pairs == {("lora", "base"), ("full", "base"), ("full", "lora"), *with_4bit}
     # the base model's weights are random, so that whoever trained on the answers must do better
     nll = {name: model["nll_per_token"] for name, model in results["models"].items()}
     assert nll["full"] < nll["base"] and nll["lora"] < nll["base"]
     kinds = [
         json.loads(line) for line in (folder / "evaluation_examples.jsonl").read_text("utf-8").splitlines()
     ]
-    assert {record["model"] for record in kinds if "nll" in record} == {"base", "lora", "full"}
+    assert {record["model"] for record in kinds if "nll" in record} == {"base", "base_4bit", "lora", "full"}
     assert {record["model"] for record in kinds if "answer" in record} == {"base", "lora", "full"}
 
 

@@ -1027,7 +1027,9 @@ def test_the_exact_files_keys_and_columns(prepare, step, tiny, tmp_path):
     message = {"role": datasets.Value("string"), "content": datasets.Value("string")}
     columns = {"id": datasets.Value("string"), "prompt": [message], "completion": [message]}
     assert train.features == datasets.Features(columns)
-    assert held_out.features == datasets.Features({**columns, "part": datasets.Value("string")})
+    assert held_out.features == datasets.Features(
+        {**columns, "part": datasets.Value("string"), "group": datasets.Value("string")}
+    )
     assert set(held_out["part"]) == {"validation", "test"}
     assert complete(Path("data"), manifest)
     for row in [*train, *held_out]:
