@@ -90,7 +90,7 @@ from safetensors import safe_open
 from scipy import stats
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 PLAIN = (
     "Question: {question}\n\nAnswer:"  # what a base model that was never shown a chat template is asked with
@@ -341,7 +341,8 @@ def score(
         """nll of target, shape (n,), from hidden states (n, hidden): the model's own forward, with its head,
         scale and soft cap, around a body that gives these hidden states."""
         usual = body.forward
-        body.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
+        body.forward = lambda *_, **__: given
         try:
             logits = causal(input_ids=target[None], use_cache=False).logits[0].float()
         finally:
@@ -490,14 +491,20 @@ class AnswerQuality(RowMetric):
 
 class EmbeddingSimilarity(RowMetric):
     """Cosine of the embeddings of answer and reference, in [-1, 1] (Reimers and Gurevych 2019,
-    sentence-transformers). compute(..., model=SentenceTransformer)."""
+    sentence-transformers); an empty text means nothing: 0. compute(..., model=SentenceTransformer)."""
 
     def _compute(self, predictions: list[str], references: list[str], model) -> dict:
-        a, b = (
-            model.encode(x, normalize_embeddings=True, convert_to_numpy=True).astype(float)
-            for x in (predictions, references)
-        )
-        return {"rows": np.clip((a * b).sum(1), -1, 1).tolist()}
+        whole = [
+            n for n, pair in enumerate(zip(predictions, references, strict=True)) if all(map(str.strip, pair))
+        ]
+        rows = np.zeros(len(predictions))
+        if whole:
+            a, b = (
+                model.encode([x[n] for n in whole], normalize_embeddings=True, convert_to_numpy=True)
+                for x in (predictions, references)
+            )
+            rows[whole] = np.clip((a.astype(float) * b).sum(1), -1, 1)
+        return {"rows": rows.tolist()}
 
 
 class Words:
@@ -709,10 +716,10 @@ def rate_at_equal_length(x: np.ndarray, outcomes: np.ndarray, weight: np.ndarray
         ga, gb = miss.sum(1) - ridge * a, miss @ x - ridge * b
         aa, ab, bb = curve.sum(1) + ridge, curve @ x, curve @ (x * x) + ridge
         det = aa * bb - ab * ab
-        a, b = (
-            a + np.clip((bb * ga - ab * gb) / det, -2, 2),
-            b + np.clip((aa * gb - ab * ga) / det, -2, 2),
-        )
+        step = np.clip([(bb * ga - ab * gb) / det, (aa * gb - ab * ga) / det], -2, 2)
+        a, b = a + step[0], b + step[1]
+        if np.abs(step).max() < 1e-6:
+            break
     return 1 / (1 + np.exp(-a))
 
 
@@ -843,7 +850,7 @@ class ServerJudge:
                 reason = "no verdict in the answer"
             except OpenAIError as error:
                 return None, said, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            except (AttributeError, IndexError, TypeError, ValueError) as error:
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
                 reason = f"not an answer of a chat completion ({type(error).__name__})"
         return None, said if isinstance(said, str) else None, reason
 
@@ -1019,18 +1026,18 @@ def plots(results: dict, logs: dict[str, dict], folder: Path) -> list[str]:
 
         if models["base"]["forgetting"]:
             figure, axis = pyplot.subplots(figsize=(6, 3.6))
-            axis.plot(0, 0, "o", color=COLORS["base"], label="base")
+            axis.plot(0, 0, "o", color=COLORS["base"])
+            axis.annotate("base", (0, 0), (6, 6), textcoords="offset points")
             for name in logs:
                 learned, dx = bars(against_base[name, "nll_per_token"], -1)
                 forgot, dy = bars(against_base[name, "forgetting"])
-                axis.errorbar(
-                    learned, forgot, dy, dx, fmt="o", color=COLORS[name], capsize=4, label=label[name]
-                )
+                axis.errorbar(learned, forgot, dy, dx, fmt="o", color=COLORS[name], capsize=4)
+                axis.annotate(label[name], (learned, forgot), (6, 6), textcoords="offset points")
             axis.axhline(0, color="#cccccc", zorder=0)
             axis.axvline(0, color="#cccccc", zorder=0)
             axis.set_xlabel("learned: nats per token gained on the test part")
             axis.set_ylabel("forgotten: nats per token\nlost on the general text")
-            axis.legend()
+            axis.margins(0.15)
             save(figure, "forgetting.png")
 
         figure, axis = pyplot.subplots(figsize=(6, 3.2))
@@ -1062,8 +1069,7 @@ def plots(results: dict, logs: dict[str, dict], folder: Path) -> list[str]:
                 spread = np.abs(np.array(m["nll_ci95"]) - m["nll_per_token"])[:, None]
                 place = (m["cost"][key] / unit, m["nll_per_token"])
                 axis.errorbar(*place, spread, fmt="o", color=COLORS[name], capsize=4, label=label[name])
-            axis.set_xlim(left=0)
-            axis.margins(x=0.15)
+            axis.set_xlim(0, 1.15 * max(models[name]["cost"][key] for name in logs) / unit or 1)
             axis.set_xlabel(what)
         axes[0].set_ylabel("nats per token of the answers\n(lower is better)")
         axes[0].legend()

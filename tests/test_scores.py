@@ -1,0 +1,406 @@
+"""Step 4's scores against other implementations, on models that differ where scores go wrong."""
+
+import json
+import logging
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, load_script, ok, run
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+)
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script(SCRIPTS[3])
+
+
+SMALL = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+# what each does to its logits or its attention that a head of our own would miss
+ARCHITECTURES = {
+    "phi: head with a bias": PhiConfig(**SMALL, partial_rotary_factor=0.5),
+    "llama: tied head, grouped queries": LlamaConfig(
+        **SMALL, num_key_value_heads=2, tie_word_embeddings=True
+    ),
+    "gemma2: soft cap of the logits": Gemma2Config(
+        **SMALL, head_dim=16, num_key_value_heads=2, final_logit_softcapping=0.1
+    ),
+    "cohere: scale of the logits": CohereConfig(**SMALL, logit_scale=7.0, num_key_value_heads=2),
+    "mistral: sliding window": MistralConfig(**SMALL, sliding_window=5, num_key_value_heads=2),
+    "gpt2: learned positions, other names": GPT2Config(
+        vocab_size=500, n_embd=64, n_layer=2, n_head=4, n_positions=256
+    ),
+}
+
+
+def build(config) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # far from the even distribution that new weights give
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def some_rows(n: int = 24, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    draw = random.Random(seed)
+    sizes = [(draw.randint(1, 40), draw.randint(1, 30)) for _ in range(n - 2)] + [(1, 60), (60, 1)]
+    return [([draw.randrange(1, 490) for _ in range(k)] for k in size) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [(a, b) for a, b in some_rows()]
+
+
+def harness(model, tokenizer):
+    """lm-evaluation-harness around the same weights."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=2048)
+
+
+def by_harness(model, tokenizer, rows) -> list[float]:
+    requests = [(None, list(a), list(b)) for a, b in rows]
+    return [-nll for nll, _ in harness(model, tokenizer)._loglikelihood_tokens(requests, disable_tqdm=True)]
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_every_row_has_the_nll_of_lm_evaluation_harness(script, tiny, rows, name):
+    model = build(ARCHITECTURES[name])
+    got = script.score(model, rows, None, "test")
+    assert got == pytest.approx(by_harness(model, AutoTokenizer.from_pretrained(tiny), rows), rel=1e-4)
+    # and of one forward pass each, to the precision that is promised
+    with torch.no_grad():
+        for (context, continuation), nll in zip(rows[:6], got, strict=False):
+            logits = model(input_ids=torch.tensor([context + continuation])).logits[0].double()
+            wanted = logits.log_softmax(-1)[len(context) - 1 : -1]
+            alone = -sum(wanted[i, t].item() for i, t in enumerate(continuation))
+            assert nll == pytest.approx(alone, rel=1e-5)
+    assert script.score(model, rows, 100, "small batches") == pytest.approx(got, rel=1e-5)
+
+
+def test_the_scored_rows_of_a_run_have_the_nll_of_lm_evaluation_harness(script, trained, tiny, tmp_path):
+    """The ids that evaluation_examples.jsonl holds, scored by the harness from the saved folders: base, LoRA
+    (adapter over the 16-bit base) and full."""
+    from peft import PeftModel
+
+    folder = work(trained, tmp_path)
+    log = folder / "outputs/lora_model/training_log.json"
+    record = json.loads(log.read_text("utf-8"))
+    record["settings"]["USE_4BIT"] = False  # scored as a LoRA over 16 bits: base and LoRA are one copy
+    log.write_text(json.dumps(record), encoding="utf-8")
+    flags = "--max_new_tokens 2 --resamples 2000".split()
+    ok(run(SCRIPTS[3], "--model_name", tiny, *flags, cwd=folder))
+    records = [
+        json.loads(line)
+        for line in (folder / "outputs/evaluation_examples.jsonl").read_text("utf-8").splitlines()
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    models = {"base": base}
+    models["full"] = AutoModelForCausalLM.from_pretrained(
+        folder / "outputs/full_model/final_model", dtype=torch.float32
+    )
+    for name in ("base", "full", "lora"):
+        if name == "lora":
+            models["lora"] = PeftModel.from_pretrained(base, folder / "outputs/lora_model/final_lora_adapter")
+        scored = [r for r in records if r["model"] == name and "nll" in r]
+        assert len(scored) == 16
+        pairs = [(r["context_ids"], r["continuation_ids"]) for r in scored]
+        wanted = by_harness(models[name].eval(), tokenizer, pairs)
+        assert [r["nll"] for r in scored] == pytest.approx(wanted, rel=1e-4), name
+    results = json.loads((folder / "outputs/evaluation_results.json").read_text("utf-8"))
+    assert "base_4bit" not in results["models"]["lora"]  # the same copy, and the same precision
+
+
+def work(trained: Path, folder: Path) -> Path:
+    import shutil
+
+    return shutil.copytree(trained, folder / "work", ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
+
+
+def test_the_logits_of_a_batch_never_exist(script, monkeypatch):
+    """The head sees only positions that predict an answer, and never more than CHUNK of them."""
+    model = build(ARCHITECTURES["phi: head with a bias"])
+    rows = [([5] * 50, [7] * 30) for _ in range(20)]
+    seen = []
+    model.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.shape))
+    monkeypatch.setattr(script, "CHUNK", 64)
+    script.score(model, rows, 10**6, "test")  # one batch
+    assert sum(shape[-2] for shape in seen) == 20 * 30 and max(shape[-2] for shape in seen) == 64
+
+
+def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(script, rows, monkeypatch):
+    model = build(ARCHITECTURES["phi: head with a bias"])
+    usual = script.score(model, rows, 10**6, "test")
+    body, most = model.model, []
+
+    def small_card(module, args, kwargs):  # a fault that a CPU does not have: a card that holds 200 tokens
+        if kwargs["input_ids"].numel() > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        most.append(kwargs["input_ids"].numel())
+
+    body.register_forward_pre_hook(small_card, with_kwargs=True)
+    assert script.score(model, rows, 10**6, "test") == pytest.approx(usual, rel=1e-5)
+    assert len(most) > 3
+    with pytest.raises(SystemExit) as end:
+        script.score(model, [([5] * 300, [7])], None, "test")
+    assert end.value.code == 2
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(script):
+    def broken(batch):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        script.in_halves(broken, [1, 2, 3])
+
+
+def test_budgets_follow_the_free_memory(script, monkeypatch):
+    model = build(ARCHITECTURES["phi: head with a bias"])
+    for free, tokens, prompts in ((10**12, 2048, 64), (4 * 10**6, None, None), (1, 1, 1)):
+        monkeypatch.setattr(script, "free_bytes", lambda _, free=free: free)
+        found = script.token_budget(model), script.prompt_budget(model, 400)
+        if tokens is None:
+            assert 1 <= found[0] < 2048 and 1 <= found[1] < 64
+        else:
+            assert found == (tokens, prompts)
+
+
+# --- answers
+
+
+def test_a_models_own_decoding_settings_do_not_count(script, tiny, tmp_path):
+    """A chat model's generation_config (temperature, repetition penalty, a shorter length) would make the
+    answers of the three incomparable."""
+    from types import SimpleNamespace
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    with torch.no_grad():
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[len(tokenizer) :] = -1e4
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=5.0, repetition_penalty=50.0, max_length=12, no_repeat_ngram_size=1
+    )
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "chatty")
+    c = SimpleNamespace(MODEL_NAME=str(tmp_path / "chatty"), MODEL_REVISION=None)
+    loaded = script.load_model(c, c.MODEL_NAME, None, torch.float32, False)
+    tokenizer.pad_token = tokenizer.eos_token
+    prompt, ids = [11, 45, 300], [11, 45, 300]
+    with torch.no_grad():
+        for _ in range(20):
+            ids.append(loaded(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    (found,) = script.answer(loaded, tokenizer, [prompt], [tokenizer.eos_token_id], 20, None, "test")
+    assert found["answer"] == tokenizer.decode(ids[3:]).strip()
+    other = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 3, dtype=torch.long))
+    assert other[0, : len(ids)].tolist() != ids  # the settings would have made a difference
+
+
+def test_answers_with_a_temperature_are_the_same_at_every_run(script, tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model.generation_config = GenerationConfig()
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.pad_token = tokenizer.eos_token
+    with torch.no_grad():
+        model.lm_head.bias.zero_()
+
+    def said(temperature: float, seed: int) -> list[str]:
+        prompts = [[11, 45, 300], [7, 8], [99]]
+        return [
+            a["answer"]
+            for a in script.answer(model, tokenizer, prompts, [1], 12, None, "test", temperature, seed)
+        ]
+
+    assert said(3.0, 1) == said(3.0, 1)
+    assert said(3.0, 1) != said(3.0, 2) and said(3.0, 1) != said(0.0, 1)
+
+
+# --- several processes
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(trained, tiny, tmp_path):
+    """Under torchrun rows and prompts are shared out, and gathered by id."""
+    flags = [
+        "--model_name",
+        str(tiny),
+        *"--max_new_tokens 6 --resamples 2000 --general_text general.txt".split(),
+    ]
+    found = []
+    for processes in (1, 2):
+        folder = work(trained, tmp_path / str(processes))
+        (folder / "general.txt").write_text("The river rose.\n\nTwo birds sang.\n\nIt rained.\n", "utf-8")
+        command = [sys.executable, str(ROOT / SCRIPTS[3]), *flags]
+        if processes == 2:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            command = [sys.executable, *launcher, *command[1:]]
+        env = os.environ | {"ACCELERATE_USE_CPU": "1"}
+        result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+        out = ok(result)
+        results = json.loads((folder / "outputs/evaluation_results.json").read_text("utf-8"))
+        assert results["environment"]["processes"] == processes
+        assert out.count("look at: ") == 1
+        records = [
+            json.loads(line)
+            for line in (folder / "outputs/evaluation_examples.jsonl").read_text("utf-8").splitlines()
+        ]
+        found.append((results, records))
+    (one, a), (two, b) = found
+    assert len(a) == len(b) == 3 * 32 + 16
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        assert x.get("nll", 0) == pytest.approx(y.get("nll", 0), rel=1e-5)
+        assert {k: v for k, v in x.items() if k != "nll"} == {k: v for k, v in y.items() if k != "nll"}
+    for name, model in one["models"].items():
+        for key in ("nll_per_token", "bits_per_byte", "answer_quality", "style_match", "helpfulness"):
+            assert model[key] == pytest.approx(two["models"][name][key], rel=1e-5)
+        assert model["forgetting"] == pytest.approx(two["models"][name]["forgetting"], rel=1e-5)
+
+
+# --- what is scored besides
+
+
+def test_perplexity_is_of_the_sums(script):
+    draw = np.random.default_rng(0)
+    nll, tokens, sizes = draw.gamma(2, 30, 40), draw.integers(1, 90, 40), draw.integers(5, 400, 40)
+    found = script.AnswerLikelihood().compute(nll=nll, tokens=tokens, bytes=sizes)
+    assert found["nll_per_token"] == pytest.approx(nll.sum() / tokens.sum())
+    assert found["perplexity"] == pytest.approx(math.exp(nll.sum() / tokens.sum()))
+    assert found["bits_per_byte"] == pytest.approx(nll.sum() / math.log(2) / sizes.sum())
+    assert abs(found["nll_per_token"] - np.mean(nll / tokens)) > 0.1
+
+
+def test_metrics_are_metrics_of_evaluate(script):
+    import evaluate
+
+    texts = {"predictions": ["Bonds pay.", ""], "references": ["Bonds pay interest.", "No."]}
+    for kind in (script.AnswerQuality, script.StyleMatch):
+        metric = kind()
+        assert isinstance(metric, evaluate.Metric) and len(metric.description) > 50
+        assert len(metric.compute(**texts)["rows"]) == 2
+    rows = script.StyleMatch().compute(**texts)["rows"]
+    assert rows == [
+        script.style_match(p, r) for p, r in zip(texts["predictions"], texts["references"], strict=True)
+    ]
+    found = script.HelpfulnessProxy().compute(**texts, stopped=[True, False])["rows"]
+    assert found == [
+        script.helpfulness_proxy("Bonds pay interest.", "Bonds pay.", True),
+        script.helpfulness_proxy("No.", "", False),
+    ]
+    pairs = (script.AnswerLikelihood, script.HelpfulnessProxy, script.EmbeddingSimilarity)
+    assert all(issubclass(kind, evaluate.Metric) for kind in pairs)
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory, tiny) -> Path:
+    """A small sentence-transformers model with the tiny model's tokenizer."""
+    from sentence_transformers import SentenceTransformer, models
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("embedder")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.pad_token = tokenizer.eos_token
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    word = models.Transformer(str(folder / "bert"))
+    pooling = models.Pooling(word.get_word_embedding_dimension(), pooling_mode="mean")
+    SentenceTransformer(modules=[word, pooling]).save(str(folder / "model"))
+    return folder / "model"
+
+
+def test_embedding_similarity_is_the_cosine(script, embedder):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(embedder), device="cpu")
+    texts, references = ["Bonds pay.", "Save first.", " "], ["Bonds pay.", "Buy a fund.", "No."]
+    found = script.EmbeddingSimilarity().compute(predictions=texts, references=references, model=model)[
+        "rows"
+    ]
+    a, b = model.encode(texts), model.encode(references)
+    cosine = (a * b).sum(1)[:2] / np.linalg.norm(a, axis=1)[:2] / np.linalg.norm(b, axis=1)[:2]
+    assert found == pytest.approx([*cosine, 0], abs=1e-5)  # an empty text means nothing
+    empty = {"predictions": ["", ""], "references": ["No.", "Yes."]}
+    assert script.EmbeddingSimilarity().compute(**empty, model=model)["rows"] == [0, 0]
+    assert found[0] == pytest.approx(1, abs=1e-5) and all(-1 <= v <= 1 for v in found) and found[1] < 0.999
+
+
+@pytest.mark.slow
+def test_embedding_similarity_and_a_data_set_of_the_hub_in_a_run(trained, tiny, embedder, tmp_path):
+    """EMBEDDING_MODEL adds a metric; GENERAL_TEXT comes from the (loopback) Hub, up to 200 texts."""
+    import pandas
+    from hub import Hub
+
+    folder = work(trained, tmp_path)
+    texts = ["", " = A title = \n"] + [
+        f"Text {n} of a text about rivers, birds and old towns." for n in range(300)
+    ]
+    parts, content = {}, {}
+    for config in ("small-v1", "large-v1"):
+        for split in ("train", "test"):
+            table = pandas.DataFrame({"text": [f"{split} {t}" if t else t for t in texts]})
+            content[f"{config}/{split}-00000-of-00001.parquet"] = table.to_parquet()
+            parts.setdefault(config, []).append(f"  - split: {split}\n    path: {config}/{split}-*")
+    card = "---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files:\n" + "\n".join(lines) + "\n" for name, lines in parts.items()
+    )
+    content["README.md"] = (card + "---\n").encode()
+    with Hub() as hub:
+        hub.add_dataset("org/wikitext", content)
+        env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        flags = [
+            "--model_name",
+            tiny,
+            "--max_new_tokens",
+            "4",
+            "--resamples",
+            "2000",
+            "--max_eval_samples",
+            "4",
+        ]
+        flags += ["--embedding_model", embedder]
+        result = run(SCRIPTS[3], *flags, "--general_text", "org/wikitext", cwd=folder, env=env)
+        assert result.returncode == 2 and "org/wikitext#" in result.stderr and "small-v1" in result.stderr
+        ok(run(SCRIPTS[3], *flags, "--general_text", "org/wikitext#small-v1", cwd=folder, env=env))
+    results = json.loads((folder / "outputs/evaluation_results.json").read_text("utf-8"))
+    assert {c["n"] for c in results["comparisons"] if c["metric"] == "forgetting"} == {200}
+    assert sum(c["metric"] == "embedding_similarity" for c in results["comparisons"]) == 3
+    assert all(-1 <= m["embedding_similarity"] <= 1 for m in results["models"].values())
+    report = (folder / "outputs/evaluation_report.md").read_text("utf-8")
+    assert "embedding similarity (-1 to 1)" in report and "no embedding model was set" not in report
