@@ -1099,9 +1099,8 @@ def main() -> None:
             }
             # the library's name for its cache; by itself it would differ from run to run
             train = rows.select(parts["train"], new_fingerprint=hashes["train"][:16])
-            alike = ids[groups[held_out]].astype(
-                str
-            )  # the statistics of step 4 draw near-equal prompts together
+            # the statistics of step 4 draw near-equal prompts together
+            alike = np.sort(ids)[groups[held_out]].astype(str)
             held_out = rows.select(held_out).add_column("part", marks, new_fingerprint=hashes["eval"][:16])
             held_out = held_out.add_column("group", alike, new_fingerprint=hashes["eval"][16:32])
             train.save_to_disk(new / "train")

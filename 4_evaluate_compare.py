@@ -1103,8 +1103,9 @@ def write_report(
     words = load_words(language)
     templates.filters["cell"] = cell
     templates.filters["say"] = lambda note: say(note, words)
-    templates.globals.update(w=words, shows=shows, verdict=verdict(results, words), language=language)
-    text = templates.get_template("report.md.jinja").render(**results, examples=examples, images=images)
+    templates.globals.update(w=words, shows=shows, language=language)
+    values = results | {"verdict": verdict(results, words), "examples": examples, "images": images}
+    text = templates.get_template("report.md.jinja").render(values)
     files.write_text(folder / "evaluation_report.md", text)
     html = markdown.markdown(text, extensions=["tables"])
     for image in images:
@@ -1120,7 +1121,11 @@ def most_different(answers: dict[str, list[str]], number: int) -> list[int]:
     chrf, names = CHRF(), list(answers)
     pairs = [(a, b) for n, a in enumerate(names) for b in names[n + 1 :]]
     far = [
-        sum(100 - chrf.sentence_score(answers[a][i], [answers[b][i]]).score for a, b in pairs)
+        sum(
+            100 - chrf.sentence_score(answers[a][i], [answers[b][i]]).score
+            for a, b in pairs
+            if answers[a][i] != answers[b][i]
+        )
         for i in range(len(answers[names[0]]))
     ]
     return sorted(range(len(far)), key=lambda i: -far[i])[:number]
@@ -1186,29 +1191,33 @@ def chat_prompt(tokenizer, prompt: list[dict]) -> list[int]:
     return files.encode(tokenizer, prompt, [{"role": "assistant", "content": "a"}])[0]
 
 
-def copies(c: SimpleNamespace, logs: dict[str, dict], prompt_format: str) -> Iterator[tuple]:
-    """(names, model, tokenizers) of each copy of weights that is needed, one after the other in memory.
+def load_tokenizers(c: SimpleNamespace, logs: dict[str, dict], prompt_format: str) -> dict:
+    """The tokenizer of each model: a trained one brings its template, the base gets that of the data."""
+    base = files.load_tokenizer(c.MODEL_NAME, c.MODEL_REVISION, prompt_format)
+    own = {name: files.load_tokenizer(final_folder(c, name), None, "auto") for name in logs}
+    return {"base": base, "base_4bit": base, **own}
+
+
+def final_folder(c: SimpleNamespace, name: str) -> str:
+    """Where the weights of LoRA or full lie."""
+    return str(Path({"lora": c.LORA_DIR, "full": c.FULL_DIR}[name]) / FOLDERS[name])
+
+
+def copies(c: SimpleNamespace, logs: dict[str, dict]) -> Iterator[tuple[tuple[str, ...], PreTrainedModel]]:
+    """(names, model) of each copy of weights that is needed, one after the other in memory.
 
     LoRA is scored as it is served: over 4 bits where it was trained over 4 bits. Then the base in the same 4
     bits ("base_4bit") comes from the same copy, else the base itself: the adapter is switched off for it.
     """
-    dtype, base = precision(c.PRECISION), files.load_tokenizer(c.MODEL_NAME, c.MODEL_REVISION, prompt_format)
-    final = {
-        name: str(Path(folder) / FOLDERS[name])
-        for name, folder in zip(FOLDERS, (c.LORA_DIR, c.FULL_DIR), strict=True)
-    }
-    # a trained model brings its template
-    own = {name: files.load_tokenizer(final[name], None, "auto") for name in logs}
+    dtype = precision(c.PRECISION)
     four_bit = "lora" in logs and logs["lora"]["settings"]["USE_4BIT"]
     if "lora" not in logs or four_bit:
-        yield ("base",), load_model(c, c.MODEL_NAME, None, dtype, False), {"base": base}
+        yield ("base",), load_model(c, c.MODEL_NAME, None, dtype, False)
     if "lora" in logs:
         names = ("base_4bit" if four_bit else "base", "lora")
-        model = load_model(c, c.MODEL_NAME, final["lora"], dtype, four_bit)
-        yield names, model, {names[0]: base, "lora": own["lora"]}
-        del model
+        yield names, load_model(c, c.MODEL_NAME, final_folder(c, "lora"), dtype, four_bit)
     if "full" in logs:
-        yield ("full",), load_model(c, final["full"], None, dtype, False), {"full": own["full"]}
+        yield ("full",), load_model(c, final_folder(c, "full"), None, dtype, False)
 
 
 def measure(
@@ -1311,31 +1320,27 @@ def general_text(name: str | None) -> list[str]:
 
 def answer_one(c: SimpleNamespace, logs: dict[str, dict], prompt_format: str) -> None:
     """Print every model's answer to PROMPT side by side; nothing is written."""
-    prompt = [{"role": "user", "content": c.PROMPT}]
-    grid = Table(show_lines=False)
-    said = []
-    for names, model, tokenizers in copies(c, logs, prompt_format):
+    prompt, tokenizers = [{"role": "user", "content": c.PROMPT}], load_tokenizers(c, logs, prompt_format)
+    for tokenizer in tokenizers.values():
+        if found := [marker for marker in files.markers(tokenizer) if marker in c.PROMPT]:
+            fail(f"PROMPT contains {found[0]!r}, which would pose as another turn; leave it out")
+    words, grid, said = load_words(c.REPORT_LANGUAGE), Table(), []
+    for names, model in copies(c, logs):
         for name in names:
-            tokenizer = tokenizers[name]
-            if found := [m for m in files.markers(tokenizer) if m in c.PROMPT]:
-                fail(f"PROMPT contains {found[0]!r}, which would pose as another turn; leave it out")
             if name == "base_4bit":
                 continue
+            tokenizer = tokenizers[name]
             # a base model that has no template of its own was never shown one
-            form = "plain" if name == "base" and files.is_our_template(tokenizer) else "chat"
-            ids = (plain_prompt if form == "plain" else chat_prompt)(tokenizer, prompt)
+            ask = plain_prompt if name == "base" and files.is_our_template(tokenizer) else chat_prompt
             ends = sorted({tokenizer.eos_token_id, files.answer_end(tokenizer)})
             how = (c.MAX_NEW_TOKENS, 1, name, c.TEMPERATURE, c.SEED)
             with adapter_off(model, name):
-                (found,) = answer(model, tokenizer, [ids], ends, *how)
-            said.append((name, found))
+                (found,) = answer(model, tokenizer, [ask(tokenizer, prompt)], ends, *how)
+            grid.add_column(Text(words[name]), ratio=1)
+            cut = "" if found["stopped"] else f" [{words['cut_off']}]"
+            said.append(Text(printable(found["answer"]) + cut))
         del model
-    words = load_words(c.REPORT_LANGUAGE)
-    for name, _ in said:
-        grid.add_column(words[name], ratio=1)
-    grid.add_row(
-        *(Text(printable(a["answer"]) + ("" if a["stopped"] else f" [{words['cut_off']}]")) for _, a in said)
-    )
+    grid.add_row(*said)
     print(drawn(grid))
 
 
@@ -1448,8 +1453,7 @@ def summarise(
             "repetitive": float(np.mean([repetitive(t) for t in said])),
             "empty": float(np.mean([not t for t in said])),
         }
-        folder = {"lora": Path(c.LORA_DIR), "full": Path(c.FULL_DIR)}.get(name)
-        models[name]["cost"] = cost(logs[name], folder / FOLDERS[name]) if name in logs else None
+        models[name]["cost"] = cost(logs[name], Path(final_folder(c, name))) if name in logs else None
         for p, a in zip(prompts, m["answers"], strict=True):
             examples.append(
                 {"id": p["id"], "model": name, "prompt": p["prompt"], **a, "reference": p["reference"]}
@@ -1497,7 +1501,8 @@ def main() -> None:
         rows = [row for row in files.load_split(DATA_DIR, "eval") if row["part"] == "test"][:MAX_EVAL_SAMPLES]
         prompts = files.read_json(Path(DATA_DIR) / "test_prompts.json", files.STEP_1)
         measured: dict[str, dict] = {}
-        for names, model, tokenizers in copies(c, logs, prompt_format):
+        tokenizers = load_tokenizers(c, logs, prompt_format)
+        for names, model in copies(c, logs):
             for name in names:
                 form = {"base": None, "base_4bit": measured["base"]["best"] if measured else None}.get(
                     name, "chat"

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, load_script, ok, refused, run
+from conftest import ROOT, SCRIPTS, load_script, ok, refused, run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 METRICS = ["nll_per_token", "answer_quality", "style_match", "helpfulness"]
@@ -1054,3 +1055,171 @@ def test_wrong_settings_are_shown_together(call):
     assert code == 2 and len(said.splitlines()) == 4
     for name in ("TEMPERATURE", "REPORT_LANGUAGE", "PROMPT", "EMBEDDING_MODEL"):
         assert name in said
+
+
+# --- --prompt, languages, groups, what is shown
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_a_prompt_prints_the_answers_side_by_side_and_changes_nothing(evaluated, records, tiny):
+    folder = evaluated[0]
+    before = listing(folder)
+    asked = of(records, "full", "answer")[0]
+    question = asked["prompt"][-1]["content"]
+    flags = ["--model_name", tiny, "--max_new_tokens", "24", "--prompt", question]
+    out = ok(run(SCRIPTS[3], *flags, cwd=folder, env=os.environ | {"COLUMNS": "120"}))
+    assert listing(folder) == before
+    table = [line for line in out.splitlines() if line[:1] in "┃│"]
+    assert [cell.strip() for cell in table[0].strip("┃").split("┃")] == ["base", "lora", "full"]
+    columns = list(zip(*([c.strip() for c in line.strip("│").split("│")] for line in table[1:]), strict=True))
+    assert len(columns) == 3
+    shown = "".join("".join(columns[2]).split())
+    assert "".join(asked["answer"].split())[:40] in shown
+
+
+def test_a_prompt_with_a_marker_is_refused_before_a_model_is_loaded(call, script, monkeypatch):
+    monkeypatch.setattr(script, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    for marker in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+        code, said, _ = call(PROMPT=f"What? {marker}system")
+        assert code == 2 and "PROMPT" in said and marker in said
+
+
+def test_what_a_model_says_cannot_steer_a_terminal(script):
+    nasty = "a\x1b[31mred\x1b]0;title\x07\x9b2J\u202eb\rc\n中文"
+    shown = script.printable(nasty)
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(shown)
+    assert shown.endswith("c\n中文") and shown.startswith("a")
+
+
+def test_both_languages_have_the_same_sentences_with_the_same_gaps(script):
+    from string import Formatter
+
+    en, zh = script.load_words("en"), script.load_words("zh")
+    assert list(en) == list(zh)
+    for key in en:
+        gaps = [sorted({name for _, name, _, _ in Formatter().parse(w[key]) if name}) for w in (en, zh)]
+        assert gaps[0] == gaps[1], key
+        assert isinstance(en[key], str) and isinstance(zh[key], str) and zh[key].strip()
+    template = (ROOT / "configs/report/report.md.jinja").read_text("utf-8")
+    used = template + Path(script.__file__).read_text("utf-8")
+    for key in en:  # no sentence that nobody says
+        name = key.removeprefix("note_").removeprefix("plot_")
+        assert name in used, key
+
+
+def test_the_chinese_report_says_the_same(script, results, evaluated, tmp_path):
+    shutil.copytree(evaluated[0] / "outputs/plots", tmp_path / "plots")
+    images = ["perplexity.png", "forgetting.png", "loss_curves.png", "cost.png"]
+    script.write_report(results, [], images, tmp_path, "zh")
+    page = (tmp_path / "evaluation_report.html").read_text("utf-8")
+    english = Page((evaluated[0] / "outputs/evaluation_report.html").read_text("utf-8"))
+    chinese = Page(page)
+    assert '<html lang="zh">' in page and "困惑度" in chinese.text
+
+    def numbers(shown: Page) -> list[str]:
+        rows = [row for row in shown.rows if row and row[0] not in ("reference",)]
+        return re.findall(r"[-+]?\d+\.\d+", " ".join(cell for row in rows[:40] for cell in row[1:]))
+
+    assert numbers(chinese)[:60] == numbers(english)[:60] and len(numbers(chinese)) > 60
+    # nothing of the sentences is left in English, but names
+    sentences = [line for line in chinese.text.splitlines() if len(line.split()) > 12]
+    assert [line for line in sentences if not re.search("[\u4e00-\u9fff]", line)] == []
+
+
+def test_near_equal_questions_are_drawn_together(call, script, monkeypatch):
+    seen = []
+    usual = script.compare
+
+    def spy(a, b, weight, groups, *rest):
+        seen.append(list(groups))
+        return usual(a, b, weight, groups, *rest)
+
+    monkeypatch.setattr(script, "compare", spy)
+    from datasets import load_from_disk
+
+    held_out = load_from_disk(str(call.folder / "data/eval"))
+    test = [row for row in held_out if row["part"] == "test"]
+    alike = held_out.remove_columns("group").add_column("group", ["same"] * len(held_out))
+    alike.save_to_disk(str(call.folder / "data/other"))
+    for path in (call.folder / "data/eval", call.folder / "data/other"):
+        if path.name == "other":
+            shutil.rmtree(call.folder / "data/eval")
+            path.rename(call.folder / "data/eval")
+        seen.clear()
+        code, _, _ = call(MAX_EVAL_SAMPLES=None)
+        assert code == 0
+        groups = [g for g in seen if len(g) == len(test)]
+        wanted = [row["group"] for row in test] if path.name == "eval" else ["same"] * len(test)
+        assert groups[0] == wanted and all(sorted(g) == sorted(wanted) for g in groups)
+
+
+def test_the_groups_are_those_of_step_1(tiny, tmp_path):
+    """Prompts that differ in a comma are one group, and stand under the smallest id of it."""
+    from datasets import load_from_disk
+    from hub import finance_rows
+
+    rows = finance_rows(120)
+    twins = [
+        {
+            "instruction": "How should a young family save money for a house over the coming ten years" + end,
+            "input": "",
+            "output": f"Save a fixed part of the income, number {n}.",
+        }
+        for n, end in enumerate(("?", " ?", ", please?", "?!"))
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", [*twins, *rows])
+    flags = ["--dataset_name", path, "--model_name", tiny, "--eval_fraction", "0.5"]
+    for seed in range(6):  # until they are held out
+        ok(run(SCRIPTS[0], *flags, "--seed", seed, cwd=tmp_path))
+        held_out = list(load_from_disk(str(tmp_path / "data/eval")))
+        mine = [row for row in held_out if "young family" in row["prompt"][-1]["content"]]
+        if mine:
+            break
+    assert len(mine) == 4 and {row["group"] for row in mine} == {min(row["id"] for row in mine)}
+    others = [row for row in held_out if row not in mine]
+    assert sum(row["group"] == row["id"] for row in others) > len(others) / 2
+
+
+def test_the_most_different_answers_are_shown(script):
+    answers = {
+        "base": ["same words here", "buy a bond now", "I do not know", ""],
+        "lora": ["same words here", "sell a share soon", "I do not know.", ""],
+        "full": ["same words here", "xyz", "I do not know", "long answer about taxes"],
+    }
+    assert script.most_different(answers, 10) == [1, 3, 2, 0]
+    assert script.most_different(answers, 2) == [1, 3]
+
+
+def test_the_smallest_detectable_difference_is_found_in_four_of_five_cases(script):
+    draw = np.random.default_rng(5)
+    n, spread = 80, 0.5
+    planted = script.compare(draw.normal(0, spread, n), np.zeros(n), np.ones(n), list(range(n)), 2000, 1)
+    expected = planted["smallest_detectable"]
+    assert expected == pytest.approx(2.83 * spread / math.sqrt(n), rel=0.25)
+    effect = (1.99 + 0.8416) * spread / math.sqrt(n)  # with the true spread
+    found = 0
+    for seed in range(400):
+        values = draw.normal(effect, spread, n)
+        c = script.compare(values, np.zeros(n), np.ones(n), list(range(n)), 2000, seed)
+        found += not c["ci95"][0] <= 0 <= c["ci95"][1]
+    assert 0.74 <= found / 400 <= 0.86
+
+
+def test_three_pairs_without_a_difference_seldom_show_one(script):
+    """Family-wise: of three comparisons under the null, one or more shows in about 5 % of the cases at most."""
+    draw, wrong = np.random.default_rng(9), 0
+    for seed in range(300):
+        models = draw.gamma(2, 1, (3, 60))
+        rows = [
+            {"metric": "x", **script.compare(models[i], models[j], np.ones(60), list(range(60)), 2000, seed)}
+            for i, j in ((0, 1), (0, 2), (1, 2))
+        ]
+        script.holm(rows)
+        wrong += any(script.shows(row) for row in rows)
+    assert wrong / 300 <= 0.08
