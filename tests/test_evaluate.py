@@ -1212,7 +1212,7 @@ def test_the_smallest_detectable_difference_is_found_in_four_of_five_cases(scrip
 
 
 def test_three_pairs_without_a_difference_seldom_show_one(script):
-    """Family-wise: of three comparisons under the null, one or more shows in about 5 % of the cases at most."""
+    """Family-wise: of three comparisons under the null, any one shows in about 5 % of the cases at most."""
     draw, wrong = np.random.default_rng(9), 0
     for seed in range(300):
         models = draw.gamma(2, 1, (3, 60))
