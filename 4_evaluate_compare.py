@@ -100,6 +100,7 @@ STEPS = {"lora": "python 2_lora_finetuning.py", "full": "python 3_full_finetunin
 PAIRS = [("lora", "base"), ("full", "base"), ("full", "lora")]
 # where LoRA was trained over 4 bits: what the 4 bits cost, and what tuning gained over the same 4 bits
 PAIRS_4BIT = [("base_4bit", "base"), ("lora", "base_4bit")]
+GENERAL_PIECES = 200  # of the general text that are scored at most, each of up to 256 tokens
 CONTROLS = 20  # answers that a judge compares with themselves
 ASKED_AT_ONCE = 8  # requests to a judge on a server
 JUDGE_TIMEOUT_S = 120  # of one request; the client repeats it four times, waiting longer each time
@@ -1255,13 +1256,30 @@ def measure(
     general = None
     if text:
         start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-        ids = [tokenizer(t, add_special_tokens=False, verbose=False).input_ids[:512] for t in text]
+        ids, sizes_ = pieces(tokenizer, text)
         general = {
             "nll": score(model, [(start, i) for i in ids], c.BATCH_TOKENS, f"{name}, general text"),
             "tokens": np.array([len(i) for i in ids]),
-            "bytes": np.array([len(tokenizer.decode(i).encode()) for i in ids]),
+            "bytes": np.array(sizes_),
         }
     return {"pairs": pairs[best], "nll": nll, "best": best, "answers": answers, "general": general}
+
+
+def pieces(tokenizer, texts: list[str], width: int = 256) -> tuple[list[list[int]], list[int]]:
+    """(token ids, UTF-8 bytes) of GENERAL_PIECES pieces of up to `width` tokens, evenly spread over the texts.
+
+    The bytes of a piece are what it adds to its text: a character that two pieces share counts once.
+    """
+    found = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        before = 0
+        for end in range(width, len(ids) + width, width):
+            size = len(tokenizer.decode(ids[:end]).encode())
+            found.append((ids[end - width : end], size - before))
+            before = size
+    some = found[:: math.ceil(len(found) / GENERAL_PIECES) or 1]
+    return [ids for ids, _ in some], [size for _, size in some]
 
 
 def cost(log: dict, folder: Path) -> dict:
@@ -1276,9 +1294,10 @@ def cost(log: dict, folder: Path) -> dict:
 
 
 def general_text(name: str | None) -> list[str]:
-    """Up to 200 paragraphs of the file or the Hub data set GENERAL_TEXT; none without one.
+    """The paragraphs of the file GENERAL_TEXT (its lines, where no line is empty), or up to 200 texts of that
+    Hub data set; none without one.
 
-    Of a data set: the column text (or the first of strings) of its split test, else validation, else train.
+    Of a data set: column text (or the first one of strings) of its split test, else validation, else train.
     """
     if name is None:
         return []
@@ -1312,7 +1331,9 @@ def general_text(name: str | None) -> list[str]:
     if not path.is_file():
         fail(f"GENERAL_TEXT {name!r} is a folder; {mend}")
     try:
-        found = [p.strip() for p in path.read_text(encoding="utf-8-sig").split("\n\n") if p.strip()][:200]
+        text = path.read_text(encoding="utf-8-sig").strip()
+        gap = r"\n\s*\n" if re.search(r"\n\s*\n", text) else "\n"
+        found = [p.strip() for p in re.split(gap, text) if p.strip()]
     except UnicodeDecodeError as error:
         fail(f"GENERAL_TEXT {name!r} is not UTF-8 text ({error.reason}); {mend}")
     return found or fail(f"GENERAL_TEXT {name!r} is empty; {mend}")

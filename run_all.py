@@ -148,6 +148,8 @@ def main() -> None:
     own, rest = own_flags(argv)
     words = TEXTS[own["language"]]
     preset = ["--preset", own["preset"]] if own["preset"] else []
+    if own["language"] != "en" and not any("report_language" in word.replace("-", "_") for word in rest):
+        rest = [*rest, "--report_language", own["language"]]  # who reads a Chinese menu wants such a report
     flags = split_flags(preset + rest, ROOT)
     if own["steps"] is not None:
         steps = parse_steps(own["steps"])

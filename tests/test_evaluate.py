@@ -1223,3 +1223,24 @@ def test_three_pairs_without_a_difference_seldom_show_one(script):
         script.holm(rows)
         wrong += any(script.shows(row) for row in rows)
     assert wrong / 300 <= 0.08
+
+
+def test_a_long_general_text_is_cut_into_pieces_and_none_is_lost(script, tokenizer, monkeypatch):
+    texts = ["One line.", "The river rose in the night, and 基金 fell. " * 60]
+    found, sizes = script.pieces(tokenizer, texts, 50)
+    ids = [tokenizer(text).input_ids for text in texts]
+    assert found[0] == ids[0] and sum(found[1:], []) == ids[1]
+    assert max(map(len, found)) == 50 and len(found) == 1 + -(-len(ids[1]) // 50) > 12
+    assert sizes[0] == len(texts[0]) and sum(sizes[1:]) == len(texts[1].encode())
+    monkeypatch.setattr(script, "GENERAL_PIECES", 5)
+    few, sizes_ = script.pieces(tokenizer, texts, 50)
+    step = -(-len(found) // 5)
+    assert few == found[::step] and sizes_ == sizes[::step] and len(few) <= 5
+    assert script.pieces(tokenizer, [""]) == ([], [])
+
+
+def test_a_general_text_without_empty_lines_is_read_by_lines(script, tmp_path):
+    path = tmp_path / "text.txt"
+    for text, found in (("a\nb\n\nc\n \n\nd", ["a\nb", "c", "d"]), ("a\r\nb\n c \n", ["a", "b", "c"])):
+        path.write_bytes(text.encode())
+        assert script.general_text(str(path)) == found

@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "HF_HOME",
     "HF_TOKEN",
     "CUDA_VISIBLE_DEVICES",
+    "OPENAI_API_KEY",
     "LICENSE",
     "CI",
 }
