@@ -18,6 +18,9 @@ import json
 import math
 import os
 import re
+import shutil
+import sys
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,7 +89,7 @@ from rich.table import Table
 from rich.text import Text
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import CHRF
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from scipy import stats
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
@@ -122,33 +125,114 @@ def find_models(c: SimpleNamespace, manifest: dict) -> tuple[dict[str, dict], li
         if not final.is_dir():
             notes.append(("missing", {"name": name, "path": str(final), "command": STEPS[name]}))
             continue
-        needs = ("model_name", "settings", "environment", "parameters", "data", "history", "summary")
-        log = files.read_json(folder / "training_log.json", STEPS[name], needs)
-        try:
-            weights = list(final.glob("*.safetensors"))
-            for path in weights:
-                with safe_open(path, framework="pt"):  # reads the header, which knows the file's length
-                    pass
-        except Exception as error:  # the library's own kind, and those of the file system
-            problems.append(f"{final} is damaged ({error}); make it anew with: {STEPS[name]}")
-        if not weights:
-            problems.append(f"{final} holds no weights; make it anew with: {STEPS[name]}")
-        if log["summary"]["status"] == "running":
+        logs[name] = log = files.read_json(folder / "training_log.json", STEPS[name])
+        if what := lacking(log):
             problems.append(
-                f"{folder} is being trained, or its run was killed; wait, or finish it with: {STEPS[name]}"
+                f"{folder}/training_log.json is not complete ({what[0]}); train again: {STEPS[name]}"
             )
-        if files.model_path(log["model_name"]) != files.model_path(c.MODEL_NAME):
+        elif files.model_path(log["model_name"]) != files.model_path(c.MODEL_NAME):
             problems.append(
                 f"{folder} was trained from {log['model_name']!r}, but MODEL_NAME is {c.MODEL_NAME!r}; "
                 f"use --model_name {log['model_name']}, or train again with: {STEPS[name]} --model_name "
                 f"{c.MODEL_NAME}"
             )
-        logs[name] = log
+        elif log["summary"]["status"] == "running":
+            problems.append(
+                f"{folder} is being trained, or its run was killed; wait, or finish it with: {STEPS[name]}"
+            )
+        elif what := damaged(final, name, c):
+            problems.append(f"{final} {what}; make it anew with: {STEPS[name]}")
     if problems:
         fail(*problems)
     if not logs:
         fail(*(say(note, load_words("en")) for note in notes))
     return logs, notes
+
+
+def lacking(log: object) -> list[str]:
+    """What a training log must have for the comparison, and has not."""
+    number, settings = (int, float), ("SEED", "NUM_EPOCHS", "MAX_STEPS", "MAX_LENGTH", "MAX_TRAIN_SAMPLES")
+    needs = {"model_name": str, "history": list, "parameters.trainable": int, "environment.processes": int}
+    needs |= {
+        "data.manifest_sha256": str,
+        "data.train_rows": int,
+        "summary.status": str,
+        "summary.steps": int,
+    }
+    needs |= {"summary.epochs": number, "settings.WARMUP_RATIO": number, "settings.LEARNING_RATE": number}
+    needs |= {"settings.BATCH_SIZE": int, "settings.GRADIENT_ACCUMULATION_STEPS": int}
+    needs |= {f"settings.{key}": (*number, type(None)) for key in settings}
+    cost = ("train_runtime_s", "tokens", "tokens_per_second", "peak_memory_bytes")
+    needs |= {f"summary.{key}": (*number, type(None)) for key in cost}
+    if isinstance(log, dict) and log.get("method") == "lora":
+        needs["settings.USE_4BIT"] = bool
+    found = []
+    for path, kind in needs.items():
+        value = log
+        for key in path.split("."):
+            value = value.get(key, ...) if isinstance(value, dict) else ...
+        if value is ... or not isinstance(value, kind):
+            found.append(f"{path} is missing" if value is ... else f"{path} is {value!r}")
+    return found
+
+
+def damaged(final: Path, name: str, c: SimpleNamespace) -> str:
+    """What is wrong with a final folder, seen from its files' headers; "" where nothing is."""
+    weights, keys = list(final.glob("*.safetensors")), []
+    try:
+        for path in weights:
+            with safe_open(path, framework="pt") as file:  # reads the header, which knows the file's length
+                keys += file.keys()
+    except Exception as error:  # the library's own kind, and those of the file system
+        return f"is damaged ({error})"
+    if not weights:
+        return "holds no weights"
+    if name == "full":
+        return ""
+    if not any("lora_" in key for key in keys):
+        return "holds weights, but none of LoRA's"
+    try:
+        base = json.loads((final / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"has no adapter_config.json that can be read ({type(error).__name__})"
+    if files.model_path(base) != files.model_path(c.MODEL_NAME):
+        return f"is an adapter for {base!r}, but MODEL_NAME is {c.MODEL_NAME!r}"
+    return ""
+
+
+def load_test(c: SimpleNamespace, manifest: dict) -> tuple[list[dict], list[dict]]:
+    """(test rows, test prompts), checked against the manifest: nobody has changed what is tested.
+
+    Raises: SystemExit(2) with the command that makes them anew.
+    """
+    held_out, mend = files.load_split(c.DATA_DIR, "eval"), f"make the data anew with: {files.STEP_1}"
+    if missing := {"id", "prompt", "completion", "part"} - set(held_out.column_names):
+        fail(f"{c.DATA_DIR}/eval has no column {sorted(missing)[0]!r}; {mend}")
+    if files.split_hash(held_out["id"], held_out["part"]) != manifest["sha256"].get("eval"):
+        fail(f"{c.DATA_DIR}/eval is not what {c.DATA_DIR}/manifest.json describes; {mend}")
+    rows = [row for row in held_out if row["part"] == "test"]
+    if changed := [
+        row["id"] for row in rows if files.content_hash(row["prompt"] + row["completion"]) != row["id"]
+    ]:
+        fail(f"{c.DATA_DIR}/eval: row {changed[0]} was changed after step 1; {mend}")
+    path, ids = Path(c.DATA_DIR) / "test_prompts.json", {row["id"]: row for row in rows}
+    prompts = files.read_json(path, files.STEP_1)
+    known = isinstance(prompts, list) and all(isinstance(p, dict) and p.get("id") in ids for p in prompts)
+    if not prompts or not known:
+        fail(f"{path} is not a list of prompts from the test part; {mend}")
+    for p in prompts:
+        row = ids[p["id"]]
+        if p.get("prompt") != row["prompt"] or p.get("reference") != row["completion"][0]["content"]:
+            fail(f"{path}: prompt {p['id']} is not that of the test part; {mend}")
+    if len({p["id"] for p in prompts}) < len(prompts):
+        fail(f"{path} holds a prompt twice; {mend}")
+    rows = rows[: c.MAX_EVAL_SAMPLES]
+    if len({row.get("group") or json.dumps(row["prompt"]).lower() for row in rows}) < 2:
+        fail(
+            f"{len(rows)} test rows with one question only cannot show any difference; take more "
+            f"(MAX_EVAL_SAMPLES), or more data: {files.STEP_1}"
+        )
+    return rows, prompts
 
 
 def unsound(logs: dict[str, dict], manifest: dict) -> list[Note]:
@@ -166,12 +250,23 @@ def unsound(logs: dict[str, dict], manifest: dict) -> list[Note]:
 
 
 def fairness(
-    logs: dict[str, dict], test_rows: int, settings: SimpleNamespace, cut: dict[str, int]
+    logs: dict[str, dict],
+    test_rows: int,
+    settings: SimpleNamespace,
+    cut: dict[str, int],
+    questions: int | None = None,
+    prompts: int = 100,
 ) -> list[Note]:
-    """What keeps the comparison from being fair. cut: answers per model that reached the cap."""
+    """What keeps the comparison from being fair. cut: answers per model that reached the cap; questions,
+    prompts: different ones among the test rows and the test prompts."""
     found: list[Note] = []
-    if test_rows < 100:
-        found.append(("few_rows", {"rows": test_rows}))
+    questions = test_rows if questions is None else questions
+    if questions < 8:
+        found.append(("too_few_rows", {"rows": test_rows, "groups": questions}))
+    elif questions < 100:
+        found.append(("few_rows", {"rows": test_rows, "groups": questions}))
+    if prompts < 30:
+        found.append(("few_prompts", {"prompts": prompts}))
     for name, number in cut.items():
         if number:
             found.append(("cut", {"number": number, "name": name, "cap": settings.MAX_NEW_TOKENS}))
@@ -223,7 +318,7 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
         )
     revision = c.MODEL_REVISION if source == c.MODEL_NAME else None
-    with files.hub_errors("model", source, "MODEL_NAME", revision):
+    with whole(source, c), files.hub_errors("model", source, "MODEL_NAME", revision):
         model = AutoModelForCausalLM.from_pretrained(
             files.model_path(source), revision=revision, dtype=dtype, device_map={"": device()}, **kind
         )
@@ -231,9 +326,24 @@ def load_model(
     # a chat model's own decoding (temperature, repetition penalty) would make the answers incomparable
     model.generation_config = GenerationConfig()
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
+        with whole(adapter, c):
+            model = PeftModel.from_pretrained(model, adapter)
         model.generation_config = GenerationConfig()
     return model.eval()
+
+
+@contextlib.contextmanager
+def whole(source: str, c: SimpleNamespace):
+    """Turn what the libraries raise for a damaged folder into one sentence and exit code 2."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        steps = {final_folder(c, name): f"make it anew with: {STEPS[name]}" for name in FOLDERS}
+        mend = steps.get(source, "get it anew, or name another one")
+        fail(f"{source} cannot be loaded ({reason[:300]}); {mend}")
 
 
 def free_bytes(model: PreTrainedModel) -> int:
@@ -418,7 +528,7 @@ def answer(
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=limit,
+            max_new_tokens=min(limit, positions(model) - width),
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
             **how,
@@ -618,42 +728,82 @@ def resample(groups: list, resamples: int, seed: int) -> tuple[np.ndarray, Itera
 
 
 def compare(
-    a: np.ndarray, b: np.ndarray, weight: np.ndarray, groups: list, resamples: int, seed: int
+    a: np.ndarray,
+    b: np.ndarray,
+    weight: np.ndarray,
+    groups: list,
+    resamples: int,
+    seed: int,
+    pairs: int = 1,
 ) -> dict:
     """Difference a - b of two models on the same rows, with a 95 % interval and a two-sided p-value.
 
     a, b: numerators per row (nll in nats, or a score), shape (rows,); weight: their common denominators
     (tokens, or 1); the difference is sum(a - b) / sum(weight). groups: rows with the same question are drawn
-    together. The interval is the percentile bootstrap over groups (Efron and Tibshirani 1993), the p-value a
-    sign-flip permutation test over groups (Fisher 1935). Identical models give a difference of exactly 0 and
-    p = 1. smallest_detectable: the difference that a comparison of so many rows, with this spread, would find
-    in four of five cases at a level of 5 %, two-sided: (t + 0.84) standard errors (Cohen 1988).
+    together. The interval is the studentised bootstrap over groups (Efron and Tibshirani 1993, chapter 12.5),
+    which follows skewed differences where percentiles do not; with fewer than 10 groups Student's t. The
+    p-value is the larger one of that bootstrap's and of a sign-flip permutation test over groups (Fisher
+    1935), so that few groups cannot show anything. Identical models give a difference of exactly 0 and p = 1.
+    smallest_detectable: the difference that a comparison of so many groups, with this spread, would find in
+    four of five cases at a level of 5 % / pairs, two-sided: (t + 0.84) standard errors (Cohen 1988).
+    Raises: ValueError for a value that is no finite number, or for a single group, which has no spread.
     """
-    place, drawn, percentiles = resample(groups, resamples, seed)
+    place, drawn, _ = resample(groups, resamples, seed)
     n = int(place.max()) + 1
-    difference = np.bincount(place, a - b, n)
-    weights = np.bincount(place, weight, n).astype(float)
-    observed = difference.sum() / weights.sum()
-    samples = np.concatenate([(times @ difference) / (times @ weights) for times in drawn])
-    random, as_large = np.random.default_rng([seed, 1]), 0
-    for start in range(0, resamples, 1000):
-        signs = random.integers(0, 2, (min(1000, resamples - start), n)) * 2 - 1
-        as_large += (np.abs(signs @ difference) >= abs(difference.sum()) * (1 - 1e-12)).sum()
-    error = samples.std() * math.sqrt(n / max(n - 1, 1))
-    low, high = np.percentile(samples, percentiles)
+    d, w = np.bincount(place, a - b, n), np.bincount(place, weight, n).astype(float)
+    if n < 2 or not np.isfinite(d).all() or not w.sum() > 0:
+        raise ValueError(f"cannot compare {n} groups with differences that sum to {d.sum()}")
+    observed, fewer = d.sum() / w.sum(), n / (n - 1)
+    error = math.sqrt(fewer * np.square(d - observed * w).sum()) / w.sum()
+    error = 0.0 if error <= 1e-12 * abs(observed) else error  # rounding of what is constant
+    beyond = stats.norm.ppf(0.8) + stats.t.ppf(1 - 0.025 / pairs, n - 1)
+    if n < 10 or not error:
+        reach = stats.t.ppf(0.975, n - 1) * error
+        low, high = observed - reach, observed + reach
+        p = float(2 * stats.t.sf(abs(observed) / error, n - 1)) if error else float(not observed)
+    else:
+        sampled = []
+        for times in drawn:
+            total = times @ w
+            mean = (times @ d) / total
+            spread = (
+                times @ np.square(d) - 2 * mean * (times @ (d * w)) + np.square(mean) * (times @ np.square(w))
+            )
+            errors = np.sqrt(fewer * np.maximum(spread, 0)) / total
+            sampled.append((mean - observed) / np.where(errors > 0, errors, np.nan))
+        t = np.concatenate(sampled)
+        t = t[np.isfinite(t)]
+        upper, lower = np.percentile(t, [97.5, 2.5])
+        low, high = observed - upper * error, observed - lower * error
+        beside = min((t >= observed / error).sum(), (t <= observed / error).sum())
+        p = min(1.0, 2 * (beside + 1) / (len(t) + 1))
     return {
         "difference": float(observed),
         "ci95": [float(low), float(high)],
-        "p_value": float((as_large + 1) / (resamples + 1)),
+        "p_value": max(p, sign_flip_p(d, resamples, seed)),
         "n": len(groups),
-        "smallest_detectable": float((stats.t.ppf(0.975, max(n - 1, 1)) + stats.norm.ppf(0.8)) * error),
+        "groups": n,
+        "smallest_detectable": float(beyond * error),
     }
 
 
+def sign_flip_p(difference: np.ndarray, resamples: int, seed: int) -> float:
+    """p-value of a sign-flip permutation test (Fisher 1935) of differences per group, shape (groups,)."""
+    random, as_large, n = np.random.default_rng([seed, 1]), 0, len(difference)
+    for start in range(0, resamples, 1000):
+        signs = random.integers(0, 2, (min(1000, resamples - start), n)) * 2 - 1
+        as_large += (np.abs(signs @ difference) >= abs(difference.sum()) * (1 - 1e-12)).sum()
+    return float((as_large + 1) / (resamples + 1))
+
+
 def holm(comparisons: list[dict]) -> None:
-    """Replace the p-values within each metric by Holm's (1979), which allow for the number of pairs."""
-    for metric in {c["metric"] for c in comparisons}:
-        family = sorted((c for c in comparisons if c["metric"] == metric), key=lambda c: c["p_value"])
+    """Replace the p-values within each metric by Holm's (1979), which allow for the number of pairs. The
+    pairs with the base in 4 bits answer another question, and are a family of their own."""
+    families = defaultdict(list)
+    for c in comparisons:
+        families[c["metric"], "base_4bit" in (c.get("a"), c.get("b"))].append(c)
+    for family in families.values():
+        family.sort(key=lambda c: c["p_value"])
         running = 0.0
         for rank, comparison in enumerate(family):
             running = max(running, min(1.0, comparison["p_value"] * (len(family) - rank)))
@@ -674,29 +824,37 @@ def win_rate(
 
     outcomes: 1 win, 0.5 tie, 0 loss, shape (n,); lengths: words of the own answer less those of the other's.
     The adjusted rate is that of a logistic regression on tanh(length difference / its standard deviation) at
-    0, as in AlpacaEval 2 (Dubois et al. 2024) without its term for the instruction. Intervals: bootstrap by
+    0, as in AlpacaEval 2 (Dubois et al. 2024) without its term for the instruction; None where the data
+    cannot tell: fewer than 5 wins or 5 losses, or all answers of one model longer. Intervals: bootstrap by
     prompt; where all outcomes are alike there is nothing to resample, and they are exact (Clopper and Pearson
     1934).
     """
     place, drawn, percentiles = resample(groups, resamples, seed)
     n = int(place.max()) + 1
-    spread = lengths.std()
-    x = np.tanh(lengths / spread) if spread else np.zeros(len(lengths))
+    equal = not lengths.any()
+    told = min(outcomes.sum(), (1 - outcomes).sum()) >= 5 and lengths.min() < 0 < lengths.max()
+    x = np.tanh(lengths / lengths.std()) if told else np.zeros(len(lengths))
     raw, adjusted = [], []
     for times in drawn:
         weight = times[:, place].astype(float)
         raw.append(weight @ outcomes / weight.sum(1))
-        adjusted.append(rate_at_equal_length(x, outcomes, weight))
-    low, high = np.percentile(np.concatenate(raw), percentiles)
-    adjusted_ci = np.percentile(np.concatenate(adjusted), percentiles)
+        if told:
+            adjusted.append(rate_at_equal_length(x, outcomes, weight))
+    ci95 = np.percentile(np.concatenate(raw), percentiles).tolist()
     if len(set(outcomes.tolist())) == 1 and outcomes[0] != 0.5:
         exact = stats.binomtest(n if outcomes[0] else 0, n).proportion_ci(0.95, "exact")
-        low, high = adjusted_ci = exact.low, exact.high
+        ci95 = [float(exact.low), float(exact.high)]
+    rate, adjusted_rate, adjusted_ci = float(outcomes.mean()), None, None
+    if told:
+        adjusted_rate = float(rate_at_equal_length(x, outcomes, np.ones((1, len(x))))[0])
+        adjusted_ci = np.percentile(np.concatenate(adjusted), percentiles).tolist()
+    elif equal:
+        adjusted_rate, adjusted_ci = rate, ci95
     return {
-        "win_rate": float(outcomes.mean()),
-        "ci95": [float(low), float(high)],
-        "length_adjusted": float(rate_at_equal_length(x, outcomes, np.ones((1, len(x))))[0]),
-        "length_adjusted_ci95": [float(value) for value in adjusted_ci],
+        "win_rate": rate,
+        "ci95": ci95,
+        "length_adjusted": adjusted_rate,
+        "length_adjusted_ci95": adjusted_ci,
         "wins": int((outcomes == 1).sum()),
         "ties": int((outcomes == 0.5).sum()),
         "losses": int((outcomes == 0).sum()),
@@ -707,15 +865,15 @@ def win_rate(
 def rate_at_equal_length(x: np.ndarray, outcomes: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Intercepts of weighted logistic regressions of outcomes on x, shape (samples,), as probabilities.
 
-    weight: shape (samples, n). Newton's method for all samples at once; a ridge of 0.1 rows keeps separable
-    samples finite.
+    weight: shape (samples, n). Newton's method for all samples at once; a ridge of 0.1 rows on the slope, and
+    a hundredth of that on the intercept, keep separable samples finite.
     """
     a, b, ridge = np.zeros(len(weight)), np.zeros(len(weight)), 0.1
     for _ in range(30):
         p = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * x)))
         miss, curve = weight * (outcomes - p), weight * p * (1 - p)
-        ga, gb = miss.sum(1) - ridge * a, miss @ x - ridge * b
-        aa, ab, bb = curve.sum(1) + ridge, curve @ x, curve @ (x * x) + ridge
+        ga, gb = miss.sum(1) - ridge / 100 * a, miss @ x - ridge * b
+        aa, ab, bb = curve.sum(1) + ridge / 100, curve @ x, curve @ (x * x) + ridge
         det = aa * bb - ab * ab
         step = np.clip([(bb * ga - ab * gb) / det, (aa * gb - ab * ga) / det], -2, 2)
         a, b = a + step[0], b + step[1]
@@ -735,8 +893,10 @@ def verdict(results: dict, words: dict) -> str:
             continue
         low, high = c["ci95"]
         values = {"a": words[c["a"]], "b": words[c["b"]], "difference": abs(c["difference"])}
-        if not shows(c):
+        if low <= 0 <= high:
             said.append(words["verdict_none"].format(**values, low=low, high=high))
+        elif not shows(c):
+            said.append(words["verdict_unsure"].format(**values, low=low, high=high, p=c["p_value"]))
         elif high < 0:
             said.append(words["verdict_better"].format(**values, low=-high, high=-low))
         else:
@@ -786,10 +946,11 @@ class ServerJudge:
         self.name, self.path, self.failures = f"{base_url}#{model}", path, 0
         self.model, self.known, self.extra = model, {}, {"temperature": 0, "max_tokens": 1024}
         with contextlib.suppress(OSError):
-            for line in path.read_text("utf-8").splitlines():
+            for line in path.read_text("utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run
                     record = json.loads(line)
-                    self.known |= {record["key"]: record["verdict"]} if record["verdict"] else {}
+                    if record["verdict"] in ("first", "second", "tie"):
+                        self.known[record["key"]] = record["verdict"]
 
     def __call__(self, bouts: list[tuple[str, str, str, str]]) -> list[str | None]:
         """The verdict of each bout (name, question, first answer, second answer): "first", "second", "tie",
@@ -815,7 +976,7 @@ class ServerJudge:
                             "said": said,
                             "reason": reason,
                         }
-                        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                        file.write(json.dumps(record) + "\n")  # ASCII: a server may say half a character
                         file.flush()
                         if found:
                             self.known[key] = found
@@ -982,7 +1143,7 @@ def load_words(language: str) -> dict[str, str]:
 
 
 def say(note: Note, words: dict[str, str]) -> str:
-    """A note as a sentence; names of models in it are shown as the report shows them."""
+    """A note as a sentence; models are named in it as their folders and flags are."""
     key, values = note
     return words[f"note_{key}"].format_map(values)
 
@@ -1025,7 +1186,7 @@ def plots(results: dict, logs: dict[str, dict], folder: Path) -> list[str]:
         axis.set_ylabel("perplexity (lower is better)")
         save(figure, "perplexity.png")
 
-        if models["base"]["forgetting"]:
+        if any(metric == "forgetting" for _, metric in against_base):
             figure, axis = pyplot.subplots(figsize=(6, 3.6))
             axis.plot(0, 0, "o", color=COLORS["base"])
             axis.annotate("base", (0, 0), (6, 6), textcoords="offset points")
@@ -1044,7 +1205,11 @@ def plots(results: dict, logs: dict[str, dict], folder: Path) -> list[str]:
         figure, axis = pyplot.subplots(figsize=(6, 3.2))
         for name, log in logs.items():
             for key, style in (("loss", "-"), ("eval_loss", "o--")):
-                points = [(r["step"], r[key]) for r in log["history"] if isinstance(r.get(key), float)]
+                points = [
+                    (r["step"], r[key])
+                    for r in log["history"]
+                    if isinstance(r, dict) and isinstance(r.get(key), float) and "step" in r
+                ]
                 what = f"{label[name]}, {'training' if key == 'loss' else 'validation'}"
                 if points:
                     steps, losses = zip(*points, strict=True)
@@ -1065,12 +1230,12 @@ def plots(results: dict, logs: dict[str, dict], folder: Path) -> list[str]:
             strict=True,
         ):
             axis.axhline(models["base"]["nll_per_token"], ls="--", color=COLORS["base"], label="base")
-            for name in logs:
-                m = models[name]
+            there = {name: models[name] for name in logs if models[name]["cost"][key] is not None}
+            for name, m in there.items():
                 spread = np.abs(np.array(m["nll_ci95"]) - m["nll_per_token"])[:, None]
                 place = (m["cost"][key] / unit, m["nll_per_token"])
                 axis.errorbar(*place, spread, fmt="o", color=COLORS[name], capsize=4, label=label[name])
-            axis.set_xlim(0, 1.15 * max(models[name]["cost"][key] for name in logs) / unit or 1)
+            axis.set_xlim(0, 1.15 * max((m["cost"][key] for m in there.values()), default=1) / unit or 1)
             axis.set_xlabel(what)
         axes[0].set_ylabel("nats per token of the answers\n(lower is better)")
         axes[0].legend()
@@ -1079,8 +1244,9 @@ def plots(results: dict, logs: dict[str, dict], folder: Path) -> list[str]:
 
 
 def cell(text: object) -> str:
-    """Text of data or models as one harmless table cell: no markup, no line break, no column."""
-    short = " ".join(str(text).split())
+    """Text of data or models as one harmless table cell: no markup, no line break, no column, no turning of
+    the direction of writing."""
+    short = " ".join(re.sub("[\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", str(text)).split())
     short = short if len(short) <= 600 else short[:600] + " ..."
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~$\"-])", lambda m: f"&#{ord(m[0])};", short.replace("&", "&amp;"))
 
@@ -1139,6 +1305,7 @@ def printable(text: str) -> str:
 
 def drawn(table: Table, width: int | None = None) -> str:
     """A table as text, in the terminal's width."""
+    width = width or max(Console().width, 40)
     console = Console(width=width, color_system=None, legacy_windows=False)
     with console.capture() as found:
         console.print(table)
@@ -1194,9 +1361,15 @@ def chat_prompt(tokenizer, prompt: list[dict]) -> list[int]:
 
 def load_tokenizers(c: SimpleNamespace, logs: dict[str, dict], prompt_format: str) -> dict:
     """The tokenizer of each model: a trained one brings its template, the base gets that of the data."""
-    base = files.load_tokenizer(c.MODEL_NAME, c.MODEL_REVISION, prompt_format)
-    own = {name: files.load_tokenizer(final_folder(c, name), None, "auto") for name in logs}
-    return {"base": base, "base_4bit": base, **own}
+    with whole(c.MODEL_NAME, c):
+        base = files.load_tokenizer(c.MODEL_NAME, c.MODEL_REVISION, prompt_format)
+        files.answer_end(base)
+    found = {"base": base, "base_4bit": base}
+    for name in logs:
+        with whole(final_folder(c, name), c):
+            found[name] = files.load_tokenizer(final_folder(c, name), None, "auto")
+            files.answer_end(found[name])
+    return found
 
 
 def final_folder(c: SimpleNamespace, name: str) -> str:
@@ -1244,12 +1417,18 @@ def measure(
     ]
     forms = [form] if form else list(pairs)
     nll = {key: score(model, pairs[key], c.BATCH_TOKENS, f"{name}, {key} prompt") for key in forms}
+    for values in nll.values():
+        if not np.isfinite(values).all():
+            row = rows[int(np.flatnonzero(~np.isfinite(values))[0])]["id"]
+            mend = STEPS.get(name, "take another model, or --precision fp32")
+            fail(f"{name} gives no number for row {row} (nan or infinite); make it anew with: {mend}")
     best = form or min(nll, key=lambda key: nll[key].sum())
 
     answers = None
     if name != "base_4bit":
         ask = plain_prompt if best == "plain" else chat_prompt
         asked = [ask(tokenizer, p["prompt"]) for p in prompts]
+        check_lengths(model, asked, "data/test_prompts.json", f"{files.STEP_1} --max_length 512")
         ends = sorted({tokenizer.eos_token_id, files.answer_end(tokenizer)})
         how = (c.MAX_NEW_TOKENS, c.GENERATION_BATCH, name, c.TEMPERATURE, c.SEED)
         answers = answer(model, tokenizer, asked, ends, *how)
@@ -1266,7 +1445,7 @@ def measure(
 
 
 def pieces(tokenizer, texts: list[str], width: int = 256) -> tuple[list[list[int]], list[int]]:
-    """(token ids, UTF-8 bytes) of GENERAL_PIECES pieces of up to `width` tokens, evenly spread over the texts.
+    """(token ids, UTF-8 bytes) of GENERAL_PIECES pieces of up to `width` tokens, spread over all texts.
 
     The bytes of a piece are what it adds to its text: a character that two pieces share counts once.
     """
@@ -1280,6 +1459,20 @@ def pieces(tokenizer, texts: list[str], width: int = 256) -> tuple[list[list[int
             before = size
     some = found[:: math.ceil(len(found) / GENERAL_PIECES) or 1]
     return [ids for ids, _ in some], [size for _, size in some]
+
+
+def check_lengths(model: PreTrainedModel, prompts: list[list[int]], where: str, mend: str) -> None:
+    """Refuse prompts that leave no position for an answer."""
+    most, longest = positions(model), max(map(len, prompts))
+    if longest >= most:
+        fail(
+            f"{where} holds a prompt of {longest} tokens, and the model has {most} positions; mend it: {mend}"
+        )
+
+
+def positions(model: PreTrainedModel) -> int:
+    """How many tokens the model can see at once, as its configuration says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 def cost(log: dict, folder: Path) -> dict:
@@ -1355,8 +1548,10 @@ def answer_one(c: SimpleNamespace, logs: dict[str, dict], prompt_format: str) ->
             ask = plain_prompt if name == "base" and files.is_our_template(tokenizer) else chat_prompt
             ends = sorted({tokenizer.eos_token_id, files.answer_end(tokenizer)})
             how = (c.MAX_NEW_TOKENS, 1, name, c.TEMPERATURE, c.SEED)
+            ids = ask(tokenizer, prompt)
+            check_lengths(model, [ids], "PROMPT", "a shorter one")
             with adapter_off(model, name):
-                (found,) = answer(model, tokenizer, [ask(tokenizer, prompt)], ends, *how)
+                (found,) = answer(model, tokenizer, [ids], ends, *how)
             grid.add_column(Text(words[name]), ratio=1)
             cut = "" if found["stopped"] else f" [{words['cut_off']}]"
             said.append(Text(printable(found["answer"]) + cut))
@@ -1380,13 +1575,17 @@ def problems_of(c: SimpleNamespace) -> list[str]:
     if c.PRECISION not in ("auto", "bf16", "fp16", "fp32"):
         found.append(f"PRECISION is {c.PRECISION!r}; choose auto, bf16, fp16 or fp32")
     if c.RESAMPLES < 2000:
-        found.append(f"RESAMPLES is {c.RESAMPLES}; an interval from fewer than 2000 is not worth reporting")
-    if c.TEMPERATURE < 0:
-        found.append(f"TEMPERATURE is {c.TEMPERATURE}; it must be 0 (greedy) or more: --temperature 0")
+        found.append(f"RESAMPLES is {c.RESAMPLES}; fewer than 2000 say too little: --resamples 10000")
+    if not 0 <= c.TEMPERATURE <= 10:
+        found.append(f"TEMPERATURE is {c.TEMPERATURE}; choose 0 (greedy) to 10: --temperature 0")
+    if not 0 <= c.SEED < 2**32 - 10**6:
+        found.append(f"SEED is {c.SEED}; choose a whole number from 0 to 4 billion: --seed 42")
     if c.REPORT_LANGUAGE not in ("en", "zh"):
         found.append(f"REPORT_LANGUAGE is {c.REPORT_LANGUAGE!r}; choose en or zh")
     if c.EMBEDDING_MODEL:
         found += files.check_model(c.EMBEDDING_MODEL, flag="EMBEDDING_MODEL")
+    if c.PROMPT is not None and c.PROMPT.encode("utf-8", "replace").decode() != c.PROMPT:
+        found.append("PROMPT is not text in this terminal's encoding; set LC_ALL=C.UTF-8")
     if c.PROMPT is not None and not c.PROMPT.strip():
         found.append('PROMPT is empty; ask something: --prompt "What is an ETF?"')
     return found + (judge_problems(c.JUDGE) if files.main_process() else [])
@@ -1492,9 +1691,10 @@ def summarise(
                 there = np.flatnonzero(
                     ~np.isnan(va) & ~np.isnan(vb)
                 )  # what a judge did not answer is missing
-                if len(there):
+                if len({of[i] for i in there}) > 1:  # a single observation has no spread
                     some = va[there], vb[there], weight[there], [of[i] for i in there]
-                    found = compare(*some, c.RESAMPLES, c.SEED)
+                    pairs = 2 if "base_4bit" in (a, b) else sum(x in models and y in models for x, y in PAIRS)
+                    found = compare(*some, c.RESAMPLES, c.SEED, pairs)
                     comparisons.append({"a": a, "b": b, "metric": metric, **found})
     holm(comparisons)
     if "base_4bit" in models:
@@ -1507,20 +1707,22 @@ def summarise(
 
 def main() -> None:
     c = SimpleNamespace(**{name: globals()[name] for name in read_constants(__file__)})
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
     if problems := problems_of(c):
         fail(*problems)
     manifest = files.read_manifest(DATA_DIR)
     logs, notes = find_models(c, manifest)
     words, prompt_format = load_words(REPORT_LANGUAGE), manifest["settings"]["PROMPT_FORMAT"]
     for note in notes:
-        files.say(f"note: {say(note, words)}")
+        files.say(f"{words['note']}: {say(note, words)}")
     if PROMPT is not None:
         return answer_one(c, logs, prompt_format) if files.main_process() else None
     text = general_text(GENERAL_TEXT)
     with files.lock(REPORT_DIR):
         # --- measure
-        rows = [row for row in files.load_split(DATA_DIR, "eval") if row["part"] == "test"][:MAX_EVAL_SAMPLES]
-        prompts = files.read_json(Path(DATA_DIR) / "test_prompts.json", files.STEP_1)
+        rows, prompts = load_test(c, manifest)
         measured: dict[str, dict] = {}
         tokenizers = load_tokenizers(c, logs, prompt_format)
         for names, model in copies(c, logs):
@@ -1538,7 +1740,8 @@ def main() -> None:
         models, comparisons, examples, opinion = summarise(c, measured, logs, rows, prompts)
         cut = {name: sum(not a["stopped"] for a in measured[name]["answers"]) for name in logs}
         reasons = unsound(logs, manifest)
-        warnings = notes + reasons + fairness(logs, len(rows), c, cut)
+        groups = {"questions": comparisons[0]["groups"], "prompts": len(prompts)}
+        warnings = notes + reasons + fairness(logs, len(rows), c, cut, **groups)
         if opinion and opinion["withheld"]:
             warnings.append(opinion["withheld"])
         english = load_words("en")
@@ -1559,19 +1762,26 @@ def main() -> None:
         results["verdict"] = verdict(results, english)
         results["warnings"] = [say(note, english) for note in warnings]
 
-        # --- write
+        # --- write, all of it or nothing
         folder = Path(REPORT_DIR)
-        files.write_json(folder / "evaluation_results.json", results)
-        lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-        files.write_text(folder / "evaluation_examples.jsonl", "".join(lines))
         answers = {name: [a["answer"] for a in measured[name]["answers"]] for name in models}
         shown = [
             {"prompt": prompts[i]["prompt"][-1]["content"], "reference": prompts[i]["reference"]}
             | {name: answers[name][i] for name in models}
             for i in most_different(answers, 10)
         ]
-        results["warnings"] = [say(note, words) for note in warnings]
-        write_report(results, shown, plots(results, logs, folder / "plots"), folder, REPORT_LANGUAGE)
+        for left in folder.glob(
+            ".new-*"
+        ):  # by a run that was killed; nobody else writes while we hold the lock
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as work:
+            new = Path(work, "report")
+            files.write_json(new / "evaluation_results.json", results)
+            lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+            files.write_text(new / "evaluation_examples.jsonl", "".join(lines))
+            results["warnings"] = [say(note, words) for note in warnings]
+            write_report(results, shown, plots(results, logs, new / "plots"), new, REPORT_LANGUAGE)
+            files.put_all(new, folder)
     print(f"\n{table(results, words)}\n\n{verdict(results, words)}\n")
     for warning in results["warnings"]:
         print(f"{words['warning']}: {warning}")

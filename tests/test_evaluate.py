@@ -338,13 +338,14 @@ def test_intervals_cover_and_p_values_are_uniform_without_a_difference(script, n
 def test_identical_models_do_not_differ_at_all(script):
     draw = np.random.default_rng(0)
     nll, tokens = draw.gamma(2, 30, 50), draw.integers(1, 90, 50)
-    for groups in (list(range(50)), ["x"] * 50, [n // 3 for n in range(50)]):
+    for groups in (list(range(50)), [n % 2 for n in range(50)], [n // 3 for n in range(50)]):
         found = script.compare(nll, nll.copy(), tokens, groups, 2000, 1)
         assert found == {
             "difference": 0.0,
             "ci95": [0.0, 0.0],
             "p_value": 1.0,
             "n": 50,
+            "groups": len(set(groups)),
             "smallest_detectable": 0.0,
         }
         row = {"a": "lora", "b": "base", "metric": "nll_per_token", **found}
@@ -364,12 +365,44 @@ def test_a_planted_difference_is_found_and_has_its_size(script):
     assert back["p_value"] == found["p_value"]
 
 
-def test_p_is_that_of_all_sign_flips(script):
+def test_p_is_never_below_that_of_all_sign_flips(script):
     a = np.array([1.0, 2.0, 3.0, -0.5, 2.5, 0.7])
     sums = [abs(np.dot(signs, a)) for signs in itertools.product((-1, 1), repeat=len(a))]
     exact = np.mean([value >= abs(a.sum()) - 1e-9 for value in sums])
+    assert script.sign_flip_p(a, 20000, 3) == pytest.approx(exact, abs=0.01)
     found = script.compare(a, np.zeros(6), np.ones(6), list(range(6)), 20000, 3)
     assert found["p_value"] == pytest.approx(exact, abs=0.01)
+    # five groups have 32 patterns of signs: whatever they show, it may be one of them
+    for n in (2, 3, 5):
+        found = script.compare(np.arange(1, n + 1.0), np.zeros(n), np.ones(n), list(range(n)), 4000, 3)
+        assert found["p_value"] >= 2.0 ** (1 - n) * 0.85
+
+
+def test_what_is_no_number_or_a_single_group_is_not_compared(script):
+    one, values = np.ones(20), np.arange(20.0)
+    for a, groups in (
+        (values, ["x"] * 20),
+        (values * math.nan, range(20)),
+        (np.full(20, math.inf), range(20)),
+    ):
+        with pytest.raises(ValueError):
+            script.compare(a, np.zeros(20), one, list(groups), 2000, 1)
+
+
+@pytest.mark.parametrize("n", [5, 20, 100])
+@pytest.mark.parametrize("kind", ["normal", "exponential", "t3"])
+def test_intervals_cover_skewed_and_heavy_tailed_differences(script, n, kind):
+    """Percentile intervals cover 90 % and less of such data; studentised ones do."""
+    draw, sets, covered = np.random.default_rng(11), 250, 0
+    of = {
+        "normal": lambda: draw.normal(0, 1, n),
+        "exponential": lambda: draw.exponential(1, n) - 1,
+        "t3": lambda: draw.standard_t(3, n),
+    }[kind]
+    for seed in range(sets):
+        c = script.compare(of(), np.zeros(n), np.ones(n), list(range(n)), 2000, seed)
+        covered += c["ci95"][0] <= 0 <= c["ci95"][1]
+    assert covered / sets >= (0.86 if n == 5 else 0.89 if kind == "t3" else 0.92)
 
 
 def test_the_seed_decides_the_resampling(script):
@@ -393,6 +426,7 @@ def test_copies_of_a_row_do_not_make_the_interval_narrower(script):
         return c["ci95"][1] - c["ci95"][0]
 
     assert width(together) == pytest.approx(width(one)) and together["p_value"] == one["p_value"]
+    assert (together["groups"], together["n"], apart["groups"]) == (80, 320, 320)
     assert width(together) == pytest.approx(2 * width(apart), rel=0.1)
     assert together["difference"] == pytest.approx(apart["difference"]) and together["n"] == 320
 
@@ -423,7 +457,7 @@ def test_holm_keeps_the_order_and_never_lowers_a_p_value(script):
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_verdict_follows_the_interval_and_the_test(script, language):
     words, draw = script.load_words(language), random.Random(0)
-    said_of = {"better": "优于", "worse": "劣于", "no difference": "看不出差异"}
+    said_of = {"better": "优于", "worse": "劣于", "no difference": "看不出差异", "not decided": "尚无定论"}
     said_of = {key: key for key in said_of} if language == "en" else said_of
     cases = [(0.0, 0.2), (-0.2, 0.0), (0.0, 0.0)] + [
         tuple(sorted((draw.uniform(-1, 1), draw.uniform(-1, 1)))) for _ in range(200)
@@ -433,7 +467,8 @@ def test_the_verdict_follows_the_interval_and_the_test(script, language):
             row = {"a": "lora", "b": "base", "metric": "nll_per_token", "difference": (low + high) / 2}
             row |= {"ci95": [low, high], "p_value": p, "n": 9}
             said = script.verdict({"comparisons": [row]}, words)
-            wanted = "no difference" if low <= 0 <= high or p > 0.05 else "better" if high < 0 else "worse"
+            wanted = "no difference" if low <= 0 <= high else "better" if high < 0 else "worse"
+            wanted = "not decided" if wanted != "no difference" and p > 0.05 else wanted
             assert {key for key, text in said_of.items() if text in said} == {wanted}, said
     # the sentence is about nll alone: other metrics have another direction
     other = {"a": "lora", "b": "base", "metric": "style_match", "difference": 1.0, "ci95": [0.9, 1.1]}
@@ -542,7 +577,11 @@ def test_warm_up_is_counted_in_the_steps_that_were_asked_for(script, fair, train
 
 def test_few_rows_and_cut_answers_are_named(script, fair):
     (found,) = unfair(script, fair, nothing, rows=99)
-    assert "only 99 rows" in found
+    assert "only 99 rows" in found and "99 different questions" in found
+    from types import SimpleNamespace
+
+    notes = script.fairness(fair, 200, SimpleNamespace(MAX_NEW_TOKENS=9), {}, questions=7, prompts=29)
+    assert [key for key, _ in notes] == ["too_few_rows", "few_prompts"]
     (found,) = unfair(script, fair, nothing, cut={"lora": 0, "full": 3})
     assert found == "3 answers of full were cut at MAX_NEW_TOKENS=64"
 
@@ -623,7 +662,7 @@ def test_the_results_have_the_agreed_keys(results):
         *((metric, *pair) for metric in METRICS[1:] for pair in PAIRS),
         *(("forgetting", *pair) for pair in likelihood),
     ]
-    keys = {"a", "b", "metric", "difference", "ci95", "p_value", "n", "smallest_detectable"}
+    keys = {"a", "b", "metric", "difference", "ci95", "p_value", "n", "groups", "smallest_detectable"}
     models = results["models"] | {"base_4bit": results["models"]["lora"]["base_4bit"]}
     for c in results["comparisons"]:
         assert set(c) == keys
@@ -849,7 +888,8 @@ def as_shown(text: str) -> str:
     """What a reader must see of `text`: white space as one space, at most 600 characters."""
     text = " ".join(text.split())
     text = text if len(text) <= 600 else text[:600] + " ..."
-    return re.sub("[\u0002\u0003]", "", text)  # these two control characters are markdown's own
+    # the first two control characters are markdown's own; the last turns the direction of writing
+    return re.sub("[\u0002\u0003\u202e]", "", text)
 
 
 def report(script, results: dict, folder: Path, texts: list[str], name: str) -> tuple[str, Page]:
@@ -1024,6 +1064,178 @@ def test_a_run_that_stopped_early_gives_a_warning_and_no_verdict(call):
     assert [w for w in results["warnings"] if "full stopped early (failed after 4 steps)" in w]
 
 
+def spoil(path: Path, change) -> None:
+    """Change a JSON file: `change` alters what is loaded, or returns what takes its place."""
+    value = json.loads(path.read_text("utf-8"))
+    value = change(value) or value
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda log: 3, "model_name is missing"),
+        (lambda log: log["settings"].pop("WARMUP_RATIO") and None, "settings.WARMUP_RATIO is missing"),
+        (lambda log: log.update(settings=None), "settings.WARMUP_RATIO is missing"),
+        (lambda log: log["summary"].update(steps=None), "summary.steps is None"),
+        (lambda log: log["data"].pop("manifest_sha256") and None, "data.manifest_sha256 is missing"),
+        (
+            lambda log: log["summary"].pop("peak_memory_bytes") and None,
+            "summary.peak_memory_bytes is missing",
+        ),
+        (lambda log: log.update(history=None), "history is None"),
+        (lambda log: log.update(model_name=5), "model_name is 5"),
+    ],
+)
+def test_a_damaged_log_is_refused_before_anything_is_loaded(call, script, monkeypatch, change, said):
+    monkeypatch.setattr(script, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    path = call.folder / "outputs/full_model/training_log.json"
+    spoil(path, change)
+    code, found, _ = call()
+    assert code == 2 and said in found and "python 3_full_finetuning.py" in found
+
+
+def test_a_log_without_costs_still_gives_a_report(call):
+    def change(log: dict) -> None:
+        log["summary"] |= {"peak_memory_bytes": None, "train_runtime_s": None}
+        log["history"] = [1, {"loss": 1.0}, *log["history"]]
+
+    spoil(call.folder / "outputs/full_model/training_log.json", change)
+    assert call()[0] == 0
+
+
+def test_nothing_is_written_when_the_report_fails(call, script, monkeypatch):
+    assert call()[0] == 0
+    outputs = call.folder / "outputs"
+    before = listing(outputs)
+    monkeypatch.setattr(script, "write_report", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(MAX_EVAL_SAMPLES=4)
+    assert listing(outputs) == before
+
+
+def prompts_of(call) -> Path:
+    return call.folder / "data/test_prompts.json"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda prompts: ["a"],
+        lambda prompts: prompts[0].update(id="elsewhere"),
+        lambda prompts: prompts[0].update(reference="hello"),
+        lambda prompts: prompts[0].pop("reference") and None,
+        lambda prompts: [*prompts, prompts[0]],
+    ],
+)
+def test_prompts_that_are_not_of_the_test_part_are_refused(call, change):
+    spoil(prompts_of(call), change)
+    code, said, _ = call()
+    assert code == 2 and "test_prompts.json" in said and "python 1_prepare_dataset.py" in said
+
+
+def test_no_prompts_are_refused(call):
+    for text in ("[]", "{}", "null"):
+        prompts_of(call).write_text(text, encoding="utf-8")
+        code, said, _ = call()
+        assert code == 2 and "test_prompts.json" in said
+
+
+def test_changed_test_rows_are_refused(call):
+    """Rows that somebody has edited are no longer those that training kept apart."""
+    from datasets import load_from_disk
+
+    held_out = load_from_disk(str(call.folder / "data/eval"))
+
+    def put(changed, said: str) -> None:
+        shutil.rmtree(call.folder / "data/eval")
+        changed.save_to_disk(str(call.folder / "data/eval"))
+        code, found, _ = call()
+        assert code == 2 and said in found and "python 1_prepare_dataset.py" in found
+
+    from datasets import Dataset
+
+    rows = held_out.to_list()
+    edited = [row | {"completion": [{"role": "assistant", "content": "hello"}]} for row in rows]
+    put(Dataset.from_list(edited), "was changed after step 1")
+    put(Dataset.from_list(rows[:4]), "is not what")
+    put(
+        Dataset.from_list([{k: v for k, v in row.items() if k != "part"} for row in rows]),
+        "has no column 'part'",
+    )
+
+
+def test_a_folder_without_the_weights_of_lora_is_no_adapter(call):
+    final = call.folder / "outputs/lora_model/final_lora_adapter"
+    shutil.copy(
+        call.folder / "outputs/full_model/final_model/model.safetensors", final / "adapter_model.safetensors"
+    )
+    code, said, _ = call()
+    assert code == 2 and "none of LoRA's" in said and "2_lora_finetuning.py" in said
+
+
+def test_an_adapter_of_another_base_is_refused(call):
+    spoil(
+        call.folder / "outputs/lora_model/final_lora_adapter/adapter_config.json",
+        lambda config: config.update(base_model_name_or_path="other/model"),
+    )
+    code, said, _ = call()
+    assert code == 2 and "other/model" in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_model/final_lora_adapter/tokenizer.json",
+        "lora_model/final_lora_adapter/adapter_config.json",
+        "full_model/final_model/config.json",
+    ],
+)
+def test_a_broken_file_of_a_model_is_one_sentence(call, name):
+    (call.folder / "outputs" / name).write_text('{"a": ', encoding="utf-8")
+    code, said, _ = call()
+    command = "2_lora_finetuning.py" if "lora" in name else "3_full_finetuning.py"
+    assert code == 2 and command in said and len(said.splitlines()) == 1
+
+
+def test_a_model_that_gives_no_numbers_is_named(call):
+    from safetensors.torch import load_file, save_file
+
+    weights = call.folder / "outputs/full_model/final_model/model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"][3] = math.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    code, said, _ = call()
+    assert code == 2 and "full gives no number for row" in said and "3_full_finetuning.py" in said
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(call):
+    code, said, _ = call(PROMPT="word " * 3000)
+    assert code == 2 and "PROMPT" in said and "positions" in said
+
+
+def test_a_single_question_is_refused(call):
+    code, said, _ = call(MAX_EVAL_SAMPLES=1)
+    assert code == 2 and "MAX_EVAL_SAMPLES" in said
+
+
+def test_a_terminal_that_cannot_show_chinese_shows_something(trained, tiny, tmp_path):
+    folder = work(trained, tmp_path)
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "8"}
+    flags = [
+        "--model_name",
+        tiny,
+        "--max_new_tokens",
+        "2",
+        "--report_language",
+        "zh",
+        "--prompt",
+        "What is an ETF?",
+    ]
+    out = ok(run(SCRIPTS[3], *flags, cwd=folder, env=env))
+    assert "?" in out and len(out.splitlines()) > 3
+
+
 def test_missing_data_are_refused(call):
     (call.folder / "data/manifest.json").unlink()
     code, said, _ = call()
@@ -1116,7 +1328,7 @@ def test_both_languages_have_the_same_sentences_with_the_same_gaps(script):
 def test_the_chinese_report_says_the_same(script, results, evaluated, tmp_path):
     shutil.copytree(evaluated[0] / "outputs/plots", tmp_path / "plots")
     images = ["perplexity.png", "forgetting.png", "loss_curves.png", "cost.png"]
-    script.write_report(results, [], images, tmp_path, "zh")
+    script.write_report(results | {"warnings": []}, [], images, tmp_path, "zh")
     page = (tmp_path / "evaluation_report.html").read_text("utf-8")
     english = Page((evaluated[0] / "outputs/evaluation_report.html").read_text("utf-8"))
     chinese = Page(page)
@@ -1145,7 +1357,7 @@ def test_near_equal_questions_are_drawn_together(call, script, monkeypatch):
 
     held_out = load_from_disk(str(call.folder / "data/eval"))
     test = [row for row in held_out if row["part"] == "test"]
-    alike = held_out.remove_columns("group").add_column("group", ["same"] * len(held_out))
+    alike = held_out.remove_columns("group").add_column("group", ["one", "two"] * (len(held_out) // 2))
     alike.save_to_disk(str(call.folder / "data/other"))
     for path in (call.folder / "data/eval", call.folder / "data/other"):
         if path.name == "other":
@@ -1155,7 +1367,11 @@ def test_near_equal_questions_are_drawn_together(call, script, monkeypatch):
         code, _, _ = call(MAX_EVAL_SAMPLES=None)
         assert code == 0
         groups = [g for g in seen if len(g) == len(test)]
-        wanted = [row["group"] for row in test] if path.name == "eval" else ["same"] * len(test)
+        wanted = (
+            [row["group"] for row in test]
+            if path.name == "eval"
+            else [row["group"] for row in alike if row["part"] == "test"]
+        )
         assert groups[0] == wanted and all(sorted(g) == sorted(wanted) for g in groups)
 
 

@@ -374,8 +374,8 @@ def test_win_rates_cover_and_their_length_is_taken_out(script):
 def test_a_rate_without_length_is_the_plain_rate(script):
     outcomes = np.array([1, 1, 1, 0.5, 0, 0, 1, 1.0])
     found = script.win_rate(outcomes, np.zeros(8), list(range(8)), 2000, 1)
-    assert found["win_rate"] == outcomes.mean()
-    assert found["length_adjusted"] == pytest.approx(outcomes.mean(), abs=0.01)
+    assert found["win_rate"] == found["length_adjusted"] == outcomes.mean()
+    assert found["length_adjusted_ci95"] == found["ci95"]
     assert (found["wins"], found["ties"], found["losses"], found["n"]) == (5, 1, 2, 8)
 
 
@@ -403,6 +403,32 @@ def test_separable_outcomes_stay_finite(script):
     found = script.win_rate((length > 0).astype(float), length, list(range(20)), 2000, 1)
     numbers = [found["length_adjusted"], *found["length_adjusted_ci95"]]
     assert all(0 < v < 1 for v in numbers) and numbers[1] <= numbers[0] <= numbers[2]
+
+
+@pytest.mark.parametrize(
+    "outcomes, length",
+    [
+        (
+            [1] * 32 + [0] * 8,
+            list(range(40, 80)),
+        ),  # always longer: nobody knows how it would do at equal length
+        ([1] * 36 + [0] * 4, list(range(-20, 20))),  # four losses tell nothing about a slope
+        ([1.0] * 20, list(range(-10, 10))),
+    ],
+)
+def test_where_the_data_cannot_tell_no_adjusted_rate_is_given(script, outcomes, length):
+    values, lengths = np.array(outcomes, float), np.array(length, float)
+    found = script.win_rate(values, lengths, list(range(len(values))), 2000, 1)
+    assert found["length_adjusted"] is None and found["length_adjusted_ci95"] is None
+    assert found["win_rate"] == values.mean()
+
+
+def test_half_a_character_from_a_server_loses_nothing(script, tmp_path):
+    (tmp_path / "verdicts.jsonl").write_bytes(b'\xff\xfe\n{"key": "x", "verdict": "maybe"}\n')
+    body = reply("?").replace(b'"?"', b'"\\ud800 [[A]]"')
+    with Server(lambda *_: (200, {}, body)) as server:
+        assert two(script, server, tmp_path, 1) == ["first"]
+    assert json.loads((tmp_path / "verdicts.jsonl").read_bytes().splitlines()[-1])["verdict"] == "first"
 
 
 # --- in a run
