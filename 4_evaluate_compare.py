@@ -195,7 +195,8 @@ def damaged(final: Path, name: str, c: SimpleNamespace) -> str:
         base = json.loads((final / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"has no adapter_config.json that can be read ({type(error).__name__})"
-    if files.model_path(base) != files.model_path(c.MODEL_NAME):
+    # a path is that of the machine and the folder where it was trained, and both may have moved since
+    if not os.path.isabs(str(base)) and files.model_path(base) != files.model_path(c.MODEL_NAME):
         return f"is an adapter for {base!r}, but MODEL_NAME is {c.MODEL_NAME!r}"
     return ""
 

@@ -1181,6 +1181,12 @@ def test_an_adapter_of_another_base_is_refused(call):
     )
     code, said, _ = call()
     assert code == 2 and "other/model" in said
+    # but a project that was moved is no other base
+    spoil(
+        call.folder / "outputs/lora_model/final_lora_adapter/adapter_config.json",
+        lambda config: config.update(base_model_name_or_path="/where/it/was/outputs/demo_base_model"),
+    )
+    assert call()[0] == 0
 
 
 @pytest.mark.parametrize(

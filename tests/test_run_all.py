@@ -382,6 +382,19 @@ def test_a_mistake_in_a_later_steps_section_is_seen_at_the_start(folder):
     assert not calls(folder)
 
 
+def test_a_chinese_menu_gives_a_chinese_report(folder):
+    for flags, wanted in (
+        (["--language", "zh"], "zh"),
+        (["--language", "zh", "--evaluate.report_language", "en"], "en"),
+        ([], None),
+    ):
+        assert run(folder, "--yes", *flags).returncode == 0
+        *others, last = calls(folder)
+        given = [word for word in last["argv"] if "report_language" in word or word in ("zh", "en")]
+        assert wanted is None and not given or wanted in " ".join(given)
+        assert not [word for call in others for word in call["argv"] if "language" in word]
+
+
 # --- a step that fails
 
 
