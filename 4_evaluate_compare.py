@@ -338,8 +338,9 @@ def whole(source: str, c: SimpleNamespace):
     """Turn what the libraries raise for a damaged folder into one sentence and exit code 2."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        fail(f"{source} does not fit into memory ({reason}); use --precision bf16, or a smaller model")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         steps = {final_folder(c, name): f"make it anew with: {STEPS[name]}" for name in FOLDERS}
@@ -358,13 +359,11 @@ def free_bytes(model: PreTrainedModel) -> int:
 
 
 def sizes(model: PreTrainedModel) -> SimpleNamespace:
-    """layers, hidden, inner (of the MLP), vocabulary and cache (numbers a token leaves in the key-value
-    cache)."""
+    """hidden, inner (of the MLP), vocabulary and cache (numbers a token leaves in the key-value cache)."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return SimpleNamespace(
-        layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
@@ -1131,6 +1130,13 @@ def judged(
             if a in answers and b in answers:
                 pair = rates(f"{a} {b}", answers[a], answers[b])
                 found["between_models"].append({"a": a, "b": b, **pair})
+        asked = list(found["against_reference"].values())
+        if min(rate["n"] for rate in asked) < n / 2:  # it was lost on the way
+            found["withheld"] = (
+                "judge_missing",
+                {"missing": sum(rate["missing"] for rate in asked), "n": n * len(asked)},
+            )
+            found |= {"against_reference": {}, "between_models": []}
     return found
 
 
@@ -1429,7 +1435,7 @@ def measure(
     if name != "base_4bit":
         ask = plain_prompt if best == "plain" else chat_prompt
         asked = [ask(tokenizer, p["prompt"]) for p in prompts]
-        check_lengths(model, asked, "data/test_prompts.json", f"{files.STEP_1} --max_length 512")
+        check_lengths(model, asked, f"{c.DATA_DIR}/test_prompts.json", f"{files.STEP_1} --max_length 512")
         ends = sorted({tokenizer.eos_token_id, files.answer_end(tokenizer)})
         how = (c.MAX_NEW_TOKENS, c.GENERATION_BATCH, name, c.TEMPERATURE, c.SEED)
         answers = answer(model, tokenizer, asked, ends, *how)

@@ -205,6 +205,16 @@ def test_a_judge_that_fails_its_controls_gives_no_verdict(script, tmp_path, beha
     assert found["against_reference"] == {} and found["between_models"] == []
 
 
+def test_a_server_that_is_lost_after_the_controls_gives_no_verdict(script, tmp_path, quick):
+    def lost(body, number):
+        return wise(body) if number <= 2 * (20 + 24) else (500, {"Retry-After": "0.01"}, b"{}")
+
+    with Server(lost) as server:
+        found = ask(script, server, tmp_path)
+    assert found["withheld"] == ("judge_missing", {"missing": 72, "n": 72})
+    assert found["shuffled"]["win_rate"] == 1 and found["against_reference"] == {}
+
+
 def test_one_that_looks_at_the_place_alone_decides_nothing(script, tmp_path):
     with Server(first_slot) as server:
         judge = script.ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
