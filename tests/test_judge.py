@@ -515,7 +515,7 @@ def test_a_judge_that_fails_leaves_the_proxy(trained, tiny, tmp_path):
         assert model["helpfulness"] == model["answers"]["helpfulness_proxy"]
     assert [w for w in results["warnings"] if "failed a control" in w] and "没有通过对照" in out
     report = (folder / "outputs/evaluation_report.md").read_text("utf-8")
-    assert "不采用评审的结论" in report and "代理指标" in report
+    assert "不采用评判的结论" in report and "代理指标" in report
 
 
 def test_a_judge_that_cannot_be_asked_is_refused_at_once(script, trained, tiny, tmp_path):
