@@ -1564,7 +1564,7 @@ def answer_one(c: SimpleNamespace, logs: dict[str, dict], prompt_format: str) ->
             said.append(Text(printable(found["answer"]) + cut))
         del model
     grid.add_row(*said)
-    print(drawn(grid))
+    files.say(drawn(grid))
 
 
 def adapter_off(model: PreTrainedModel, name: str):
@@ -1725,7 +1725,7 @@ def main() -> None:
     for note in notes:
         files.say(f"{words['note']}: {say(note, words)}")
     if PROMPT is not None:
-        return answer_one(c, logs, prompt_format) if files.main_process() else None
+        return answer_one(c, logs, prompt_format)
     text = general_text(GENERAL_TEXT)
     with files.lock(REPORT_DIR):
         # --- measure
@@ -1734,9 +1734,9 @@ def main() -> None:
         tokenizers = load_tokenizers(c, logs, prompt_format)
         for names, model in copies(c, logs):
             for name in names:
-                form = {"base": None, "base_4bit": measured["base"]["best"] if measured else None}.get(
-                    name, "chat"
-                )
+                # the base in both forms, in 4 bits in its better one; who was trained, as it was trained
+                form = None if name == "base" else "chat"
+                form = measured["base"]["best"] if name == "base_4bit" else form
                 with adapter_off(model, name):
                     measured[name] = measure(c, name, model, tokenizers[name], rows, prompts, text, form)
             del model
@@ -1777,9 +1777,8 @@ def main() -> None:
             | {name: answers[name][i] for name in models}
             for i in most_different(answers, 10)
         ]
-        for left in folder.glob(
-            ".new-*"
-        ):  # by a run that was killed; nobody else writes while we hold the lock
+        # left by a run that was killed; nobody else writes while we hold the lock
+        for left in folder.glob(".new-*"):
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as work:
             new = Path(work, "report")

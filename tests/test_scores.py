@@ -284,6 +284,26 @@ def test_two_processes_give_what_one_gives(trained, tiny, tmp_path):
         assert model["forgetting"] == pytest.approx(two["models"][name]["forgetting"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_prompt_under_two_processes_is_answered_once(trained, tiny, tmp_path):
+    """A process that left early would let the other one wait for it for ever."""
+    folder = work(trained, tmp_path)
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / SCRIPTS[3]),
+    ]
+    flags = ["--model_name", str(tiny), "--max_new_tokens", "4", "--prompt", "What is an ETF?"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "1"}
+    command = [sys.executable, *launcher, *flags]
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    assert ok(result).count("┏") == 1
+    assert not (folder / "outputs/evaluation_results.json").exists()
+
+
 # --- what is scored besides
 
 
