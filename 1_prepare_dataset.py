@@ -1,9 +1,8 @@
-"""Turns an instruction data set into chat messages, leaves out rows that cannot be learned from, and splits
-the rest so that nothing of the evaluation is in the training.
+"""Turns an instruction data set into chat messages, leaves out rows that cannot be learned from, and splits the rest
+so that nothing of the evaluation is in the training.
 
-Reads:  a data set of the Hugging Face Hub, or a local .json, .jsonl, .csv or .parquet file or a folder of
-them Writes: data/train, data/eval (with its validation and test parts), data/test_prompts.json,
-data/manifest.json,
+Reads:  a data set of the Hugging Face Hub, or a local .json, .jsonl, .csv or .parquet file or a folder of them Writes:
+        data/train, data/eval (with its validation and test parts), data/test_prompts.json, data/manifest.json,
         data/dataset_report.md with length_histogram.png
 
     python 1_prepare_dataset.py
@@ -52,11 +51,9 @@ MAX_DROP_FRACTION = 0.2  # stop when a larger share of the rows has to be left o
 EVAL_FRACTION = 0.1  # share of the rows held out: half to validate while training, half to test
 NUM_TEST_PROMPTS = 100  # prompts of the test part that the models answer in 4_evaluate_compare.py
 SEED = 42  # decides which rows are held out
-# Near-equal prompts on both sides would let a model recall what it is tested on. Prompts with other figures
-# are other questions: 5 % of 300 and 7 % of 450.
-NEAR_DUPLICATE_THRESHOLD: float | None = (
-    0.8  # prompts so alike (Jaccard) stay together; none: only equal ones
-)
+# Near-equal prompts on both sides would let a model recall what it is tested on. Prompts with other figures are other
+# questions: 5 % of 300 and 7 % of 450.
+NEAR_DUPLICATE_THRESHOLD: float | None = 0.8  # prompts so alike (Jaccard) stay together; none: only equal ones
 
 # --- output
 DATA_DIR = "data"  # folder for the result
@@ -88,13 +85,12 @@ ROLES = {
 def format_to_chatml(example: dict) -> dict | list | str:
     """The conversation of one row. Replace the body to build prompts your own way.
 
-    example: the row with all its columns; those of the recognised schema are also there as `instruction`,
-    `input` and `output` (or `messages`). Return one of:
-    - {"messages": [...]} or the list itself: {role, content} messages, of which the last is the assistant's
-      answer
+    example: the row with all its columns; those of the recognised schema are also there as `instruction`, `input` and
+    `output` (or `messages`). Return one of:
+    - {"messages": [...]} or the list itself: {role, content} messages, of which the last is the assistant's answer
     - {"prompt": ..., "completion": ...}: each a string or a list of messages
-    - one string that ends with the row's `output`, e.g. f"### Instruction:\\n{q}\\n\\n### Response:\\n{a}";
-      it is split
+    - one string that ends with the row's `output`, e.g. f"### Instruction:\\n{q}\\n\\n### Response:\\n{a}"; it is
+      split
       in front of the answer, so that the loss stays on the answer
     """
     if "messages" in example:
@@ -121,28 +117,18 @@ class BadFunction(Exception):
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
 # what a folder downloaded from the Hub or from ModelScope holds beside its rows
-NO_ROWS = (
-    "config.json",
-    "configuration.json",
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-)
+NO_ROWS = ("config.json", "configuration.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
-def read_rows(
-    name: str, config: str | None, split: str, revision: str | None
-) -> Iterator[tuple[str, object]]:
+def read_rows(name: str, config: str | None, split: str, revision: str | None) -> Iterator[tuple[str, object]]:
     """(place, row) of every row, one after the other; a BadRow stands for a row that cannot even be read.
 
-    The place is for people: `rows.jsonl line 7`. A row is a dict for whatever has columns; the numbers of a
-    column of labels (datasets.ClassLabel) are replaced by their names.
+    The place is for people: `rows.jsonl line 7`. A row is a dict for whatever has columns; the numbers of a column of
+    labels (datasets.ClassLabel) are replaced by their names.
     """
     path = files.local_path(name)
     if path is None and files.looks_like_path(name):
-        fail(
-            f"DATASET_NAME {name!r}: there is no such file or folder; give one, or the name of a Hub data set"
-        )
+        fail(f"DATASET_NAME {name!r}: there is no such file or folder; give one, or the name of a Hub data set")
     if path is None or (path.is_dir() and has_configurations(path)):
         loaded = load_from_hub(name if path is None else str(path), config, split, revision)
         batches = loaded.with_format("arrow").iter(1000)
@@ -150,8 +136,7 @@ def read_rows(
     paths = [path] if path.is_file() else files_of_split(path, split)
     if not paths or paths[0].suffix.lower() not in KINDS:
         fail(
-            f"DATASET_NAME {name!r} is not a data set; known files are {', '.join(KINDS)}, or a folder that "
-            f"holds some"
+            f"DATASET_NAME {name!r} is not a data set; known files are {', '.join(KINDS)}, or a folder that holds some"
         )
     return itertools.chain.from_iterable(read_file(file) for file in paths)
 
@@ -159,9 +144,7 @@ def read_rows(
 def has_configurations(folder: Path) -> bool:
     """True for a downloaded repository whose README.md declares its configurations, as the Hub reads them."""
     readme = folder / "README.md"
-    return (
-        readme.is_file() and re.search(r"^configs:", readme.read_text("utf-8", "replace"), re.M) is not None
-    )
+    return readme.is_file() and re.search(r"^configs:", readme.read_text("utf-8", "replace"), re.M) is not None
 
 
 def files_of_split(folder: Path, split: str) -> list[Path]:
@@ -183,10 +166,9 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     every = {path for path in every if path.name not in NO_ROWS}
     if split not in patterns and list(patterns) != ["train"]:
         fail(
-            f"DATASET_SPLIT {split!r} is not in {folder}; its files are named for: "
-            f"{', '.join(map(str, patterns))}; choose one, e.g. --dataset_split {next(iter(patterns))}, or "
-            f"put the files that you mean into a folder of their own "
-            f"(there: {', '.join(sorted(path.name for path in every))})"
+            f"DATASET_SPLIT {split!r} is not in {folder}; its files are named for: {', '.join(map(str, patterns))}; "
+            f"choose one, e.g. --dataset_split {next(iter(patterns))}, or put the files that you mean into a folder "
+            f"of their own (there: {', '.join(sorted(path.name for path in every))})"
         )
     kept = data_files(split if split in patterns else next(iter(patterns)))
     left = sorted(str(path.relative_to(folder.resolve())) for path in every - kept)
@@ -196,8 +178,7 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
 
 
 def load_from_hub(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
-    """A data set by its name on the Hub, or a downloaded copy of one. Ends with exit code 2 where it cannot
-    be had."""
+    """A data set by its name on the Hub, or a downloaded copy of one. Ends with exit code 2 where it cannot be had."""
     about = f"(DATASET_SPLIT {split!r}, DATASET_CONFIG {config!r})"
     with files.hub_errors("data set", name, "DATASET_NAME", revision):
         try:
@@ -206,16 +187,12 @@ def load_from_hub(name: str, config: str | None, split: str, revision: str | Non
             if files.local_path(name) is None:
                 raise
             cause = " ".join(str(error).split())[:300]
-            fail(
-                f"{name}/README.md: its configurations cannot be read ({cause}); mend them, or remove the "
-                f"file"
-            )
+            fail(f"{name}/README.md: its configurations cannot be read ({cause}); mend them, or remove the file")
         except datasets.exceptions.DatasetGenerationError as error:
             cause = " ".join(str(error.__cause__ or error).split())[:300]
             fail(
-                f"data set {name!r} cannot be read by the library ({cause}); download its files and give "
-                f"their "
-                f"folder as DATASET_NAME: rows that do not fit are then left out one by one"
+                f"data set {name!r} cannot be read by the library ({cause}); download its files and give their folder "
+                "as DATASET_NAME: rows that do not fit are then left out one by one"
             )
         except (ValueError, RuntimeError) as error:
             # the second text is what the library says when it has read this data set's other branch before
@@ -233,8 +210,8 @@ def load_from_hub(name: str, config: str | None, split: str, revision: str | Non
             config = known[0]
         if config not in known:
             fail(
-                f"data set {name!r} has the configurations {', '.join(known)}; DATASET_CONFIG is {config!r}: "
-                f"choose one, e.g. --dataset_config {known[-1] if known else 'default'}"
+                f"data set {name!r} has the configurations {', '.join(known)}; DATASET_CONFIG is {config!r}: choose "
+                f"one, e.g. --dataset_config {known[-1] if known else 'default'}"
             )
         files.say(f"note: {name} is a loading script, which is not run; reading its {branch} instead")
         return datasets.load_dataset(name, data_dir=config, split=split, revision=branch)
@@ -274,10 +251,7 @@ def read_file(path: Path) -> Iterator[tuple[str, object]]:
             file.seek(0)
             lines = enumerate(file, 1)
             number = next(n for n, line in lines if line.decode(errors="replace").encode() != line)
-        fail(
-            f"{path}, line {number}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f {code} -t utf-8 "
-            f"{path}"
-        )
+        fail(f"{path}, line {number}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f {code} -t utf-8 {path}")
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         fail(f"{path} cannot be read as {kind[1:]}: {str(error).splitlines()[0]}")
 
@@ -309,17 +283,13 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
 def read_csv(path: Path) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(sys.maxsize)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(
-            file, strict=True
-        )  # or a quote that is never closed would swallow the rows behind it
+        reader = csv.DictReader(file, strict=True)  # or a quote that is never closed would swallow the rows behind it
         try:
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             no_twins(reader.fieldnames)
             yield from ((f"{path.name} line {reader.line_num}", row) for row in reader)
         except csv.Error as error:
-            raise ValueError(
-                f"line {reader.line_num}: {error}; is a quote not closed, or not doubled?"
-            ) from error
+            raise ValueError(f"line {reader.line_num}: {error}; is a quote not closed, or not doubled?") from error
 
 
 # strict would refuse a line break inside a string, which people do write
@@ -328,8 +298,7 @@ UNIQUE = json.JSONDecoder(strict=False, object_pairs_hook=unique_keys)
 
 
 def read_json(path: Path) -> Iterator[tuple[str, object]]:
-    """A list of rows, an object around one such list, or JSON Lines: one row a line, whatever the file is
-    called.
+    """A list of rows, an object around one such list, or JSON Lines: one row a line, whatever the file is called.
 
     A line that is no JSON is a BadRow. Only JSON Lines are read piece by piece; a list is read whole.
     """
@@ -337,9 +306,7 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
         first = next((line for line in file if line.strip()), "")
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
             UNIQUE.decode(first)  # the other lines are like the first
-        lines = first.lstrip()[:1] != "[" and (
-            path.suffix.lower() == ".jsonl" or looks_like_lines(first, file)
-        )
+        lines = first.lstrip()[:1] != "[" and (path.suffix.lower() == ".jsonl" or looks_like_lines(first, file))
         if not lines:
             file.seek(0)
             try:
@@ -409,8 +376,7 @@ SCHEMAS = [
     ("classification", {"input": "sentence", "output": "label"}),
     ("classification", {"input": "text", "output": "label"}),
 ]
-# columns that are taken too where they are there and nothing else is: what a question is about, and the
-# system message
+# columns that are taken too where they are there and nothing else is: what a question is about, and the system message
 OPTIONAL = (("input", "input"), ("input", "context"), ("context", "context"), ("system", "system"))
 
 
@@ -420,19 +386,13 @@ def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, st
     known = "; ".join(f"{name}: {' + '.join(needed.values())}" for name, needed in SCHEMAS)
     if column_map:
         unknown = [f"{key}={value}" for key, value in column_map.items() if value not in columns]
-        wrong = [
-            key for key in column_map if key not in ("instruction", "input", "output", "system", "messages")
-        ]
+        wrong = [key for key in column_map if key not in ("instruction", "input", "output", "system", "messages")]
         if unknown:
-            fail(
-                f"COLUMN_MAP names a column that is not there ({unknown[0]}); the columns are: "
-                f"{', '.join(columns)}"
-            )
+            fail(f"COLUMN_MAP names a column that is not there ({unknown[0]}); the columns are: {', '.join(columns)}")
         if wrong or not ({"instruction", "output"} <= set(column_map) or "messages" in column_map):
             fail(
-                f"COLUMN_MAP {column_map} must map instruction and output (and input, system where there "
-                f"are any), "
-                f"or messages; the columns are: {', '.join(columns)}"
+                f"COLUMN_MAP {column_map} must map instruction and output (and input, system where there are any), or "
+                f"messages; the columns are: {', '.join(columns)}"
             )
         return "COLUMN_MAP", column_map
     for name, needed in SCHEMAS:
@@ -443,14 +403,11 @@ def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, st
                     schema[ours] = column
             return name, schema
     if len(columns) == 1 and ";" in columns[0]:
-        fail(
-            f"the file has one column, {columns[0]!r}: its separator seems to be a semicolon; save it with "
-            f"commas"
-        )
+        fail(f"the file has one column, {columns[0]!r}: its separator seems to be a semicolon; save it with commas")
     first, last = (columns + ["?", "?"])[0], (columns or ["?"])[-1]
     fail(
-        f"the columns of the data set are not recognised: {', '.join(columns) or 'none'} (known: {known}); "
-        f"name them, e.g.: --column_map instruction={first},output={last}"
+        f"the columns of the data set are not recognised: {', '.join(columns) or 'none'} (known: {known}); name them, "
+        f"e.g.: --column_map instruction={first},output={last}"
     )
 
 
@@ -458,8 +415,7 @@ def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, st
 
 
 def normalise(row: object, schema: dict[str, str]) -> dict:
-    """The row with the schema's columns under our names. Raises BadRow where an answer or a question is no
-    text."""
+    """The row with the schema's columns under our names. Raises BadRow where an answer or a question is no text."""
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
@@ -482,9 +438,7 @@ def normalise(row: object, schema: dict[str, str]) -> dict:
     turns = None
     if "messages" in schema:
         turns = example["messages"]
-    elif isinstance(example["instruction"], list) and isinstance(
-        example["output"], list
-    ):  # TRL's conversations
+    elif isinstance(example["instruction"], list) and isinstance(example["output"], list):  # TRL's conversations
         turns = example["instruction"] + example["output"]
     if turns is not None or "messages" in schema:
         messages = normalise_messages(turns)
@@ -513,8 +467,8 @@ def normalise(row: object, schema: dict[str, str]) -> dict:
 
 
 def normalise_messages(messages: object) -> list[dict]:
-    """OpenAI's {role, content} or ShareGPT's {from, value}, content a string or text parts, as {role,
-    content: str}."""
+    """OpenAI's {role, content} or ShareGPT's {from, value}, content a string or text parts, as {role, content:
+    str}."""
     if not isinstance(messages, list) or not messages:
         raise BadRow("missing messages")
     result = []
@@ -526,8 +480,7 @@ def normalise_messages(messages: object) -> list[dict]:
         content = message.get("value") if content is None else content
         if isinstance(content, list):
             parts = [
-                part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-                for part in content
+                part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
             ]
             content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
         if role is None or message.get("tool_calls"):
@@ -543,8 +496,7 @@ def normalise_messages(messages: object) -> list[dict]:
 
 
 def to_conversation(example: dict, formatted: object) -> tuple[list[dict], list[dict]]:
-    """(prompt, completion) as messages from whatever format_to_chatml returned. Raises BadRow for an unusable
-    row.
+    """(prompt, completion) as messages from whatever format_to_chatml returned. Raises BadRow for an unusable row.
 
     Raises BadFunction for a string that does not end with the answer: that is a mistake in the function.
     """
@@ -561,8 +513,7 @@ def to_conversation(example: dict, formatted: object) -> tuple[list[dict], list[
         formatted = normalise_messages(list(prompt) + list(completion))
     if not isinstance(formatted, list):
         raise BadFunction(
-            f"format_to_chatml returned {type(formatted).__name__}; it must return messages, prompt and "
-            f"completion, "
+            f"format_to_chatml returned {type(formatted).__name__}; it must return messages, prompt and completion, "
             "or one string that ends with the answer"
         )
     messages = normalise_messages(formatted)
@@ -578,8 +529,7 @@ STRING_MARKS += ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
 def split_text(text: str, answer: object) -> tuple[list[dict], list[dict]]:
-    """Split one rendered string in front of its answer; the turns of the common templates become messages
-    again."""
+    """Split one rendered string in front of its answer; the turns of the common templates become messages again."""
     answer = answer.strip() if isinstance(answer, str) else ""  # functions like to strip, too
     at = text.rfind(answer) if answer else -1
     # "s" is also in "</s>": the answer is the last one that has nothing but end tokens behind it
@@ -587,9 +537,8 @@ def split_text(text: str, answer: object) -> tuple[list[dict], list[dict]]:
         at = text.rfind(answer, 0, at + len(answer) - 1)
     if at < 0:
         raise BadFunction(
-            f"format_to_chatml returned a string that does not end with the row's answer "
-            f"{str(answer)[:60]!r}, so the loss "
-            "could not be kept on the answer; end it with the `output` column, or return messages"
+            f"format_to_chatml returned a string that does not end with the row's answer {str(answer)[:60]!r}, so the "
+            "loss could not be kept on the answer; end it with the `output` column, or return messages"
         )
     before, turns = text[:at], []
     if "<|im_start|>" in before:
@@ -610,8 +559,7 @@ def split_text(text: str, answer: object) -> tuple[list[dict], list[dict]]:
 
 
 def check(prompt: list[dict], completion: list[dict], marks: list[str]) -> None:
-    """Raise BadRow when a conversation has an empty side, repeats itself, or holds text that could pose as a
-    turn."""
+    """Raise BadRow when a conversation has an empty side, repeats itself, or holds text that could pose as a turn."""
     answer, text = completion[0]["content"], "\n".join(m["content"] for m in prompt)
     if not answer.strip():
         raise BadRow("empty answer")
@@ -638,8 +586,7 @@ COLUMNS = {"id": datasets.Value("string"), "prompt": [MESSAGE], "completion": [M
 
 @dataclass
 class Tally:
-    """What became of the rows: how many were read, which were left out and why, what was changed in the
-    others."""
+    """What became of the rows: how many were read, which were left out and why, what was changed in the others."""
 
     read: int = 0
     dropped: collections.Counter = field(default_factory=collections.Counter)
@@ -657,9 +604,9 @@ class Tally:
 class Ruler:
     """Tells which rows are longer than max_length tokens, without tokenising those that cannot be.
 
-    A token is at least one byte, so a row of fewer bytes, its template's included, is short enough. What the
-    template adds depends on the roles alone. A tokenizer's longest token says from how many characters on a
-    row is too long whatever it holds: 50 MB would take minutes.
+    A token is at least one byte, so a row of fewer bytes, its template's included, is short enough. What the template
+    adds depends on the roles alone. A tokenizer's longest token says from how many characters on a row is too long
+    whatever it holds: 50 MB would take minutes.
     """
 
     def __init__(self, tokenizer, max_length: int):
@@ -708,8 +655,8 @@ def convert(
             except Exception as error:
                 at = error.__traceback__.tb_next
                 raise BadFunction(
-                    f"format_to_chatml raised {type(error).__name__}: {error}"
-                    f"{f' (line {at.tb_lineno})' if at else ''}; the row has: {', '.join(map(str, example))}"
+                    f"format_to_chatml raised {type(error).__name__}: "
+                    f"{error}{f' (line {at.tb_lineno})' if at else ''}; the row has: {', '.join(map(str, example))}"
                 ) from error
             if isinstance(formatted, str):
                 texts = [example[name] for name in schema if isinstance(example[name], str)]
@@ -739,11 +686,10 @@ def convert(
 
 
 def write_arrow(rows: Iterable[dict], path: Path) -> tuple[datasets.Dataset, np.ndarray, np.ndarray]:
-    """(rows, ids, questions): the rows in an Arrow file, written piece by piece, so that memory does not
-    grow.
+    """(rows, ids, questions): the rows in an Arrow file, written piece by piece, so that memory does not grow.
 
-    ids: shape (rows,), bytes. questions: shape (rows,), uint64; two are equal where the prompts are, but for
-    case and spacing.
+    ids: shape (rows,), bytes. questions: shape (rows,), uint64; two are equal where the prompts are, but for case and
+    spacing.
     """
     rows, schema = iter(rows), datasets.Features(COLUMNS).arrow_schema
     ids, questions = [], []
@@ -774,11 +720,10 @@ def digest(text: str) -> int:
 
 # --- the split: no prompt, and none that nearly equals it, on two sides
 
-# Two prompts land in one bucket when all hashes of a band agree: with 32 bands of 6, prompts of similarity
-# 0.8 meet at least once with a probability of 0.9999 (computed), and prompts of 0.3 with one of 0.02.
+# Two prompts land in one bucket when all hashes of a band agree: with 32 bands of 6, prompts of similarity 0.8 meet at
+# least once with a probability of 0.9999 (computed), and prompts of 0.3 with one of 0.02.
 BANDS, HASHES = 32, 6
-# 192 hashes estimate a similarity to within 0.1 (three standard errors). Too much kept together costs
-# nothing.
+# 192 hashes estimate a similarity to within 0.1 (three standard errors). Too much kept together costs nothing.
 SLACK = 0.1
 # what is kept of a prompt: the keys of its buckets, and the low bytes of its MinHash
 SIGNED = np.dtype([("bands", "u8", BANDS), ("prints", "u1", BANDS * HASHES)])
@@ -810,16 +755,14 @@ def signer() -> Callable[[dict], dict]:
     return sign
 
 
-def find_groups(
-    rows: datasets.Dataset, ids: np.ndarray, questions: np.ndarray, threshold: float | None
-) -> np.ndarray:
+def find_groups(rows: datasets.Dataset, ids: np.ndarray, questions: np.ndarray, threshold: float | None) -> np.ndarray:
     """The group of each row, shape (rows,), int: rows whose prompts are equal or nearly equal are one group.
 
-    Nearly equal: the same figures, and a Jaccard similarity of their 5-character pieces, in lower case and
-    without punctuation, of at least `threshold` as MinHash estimates it (Broder 1997; datasketch), found by
-    locality-sensitive hashing (Leskovec, Rajaraman and Ullman 2014, chapter 3); groups are the connected
-    components, numbered by their smallest id. datasketch's own index keeps a Python object a bucket; sorting
-    each band does the same in 448 bytes a row.
+    Nearly equal: the same figures, and a Jaccard similarity of their 5-character pieces, in lower case and without
+    punctuation, of at least `threshold` as MinHash estimates it (Broder 1997; datasketch), found by locality-sensitive
+    hashing (Leskovec, Rajaraman and Ullman 2014, chapter 3); groups are the connected components, numbered by their
+    smallest id. datasketch's own index keeps a Python object a bucket; sorting each band does the same in 448 bytes a
+    row.
     """
     order = np.argsort(ids)  # the order of the file must not matter
     pairs = []
@@ -865,8 +808,8 @@ def find_groups(
 def split_rows(ids: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> dict[str, np.ndarray]:
     """{"train", "validation", "test"}: numbers of the rows of each part. A group is never divided.
 
-    Groups come in an order that depends on their smallest id and the seed alone, not on their place in the
-    file; a group that is larger than what is left of a held-out part goes on to the next one.
+    Groups come in an order that depends on their smallest id and the seed alone, not on their place in the file; a
+    group that is larger than what is left of a held-out part goes on to the next one.
     """
     wanted = round(fraction * len(ids))
     room = {"validation": wanted // 2, "test": wanted - wanted // 2}
@@ -893,9 +836,7 @@ def choose_prompts(rows: list[dict], number: int) -> list[dict]:
     by_length = sorted(rows, key=lambda row: (len(row["completion"][0]["content"]), row["id"]))
     step = max(len(by_length) / number, 1)
     chosen = [by_length[int((i + 0.5) * step)] for i in range(min(number, len(by_length)))]
-    return [
-        {"id": r["id"], "prompt": r["prompt"], "reference": r["completion"][0]["content"]} for r in chosen
-    ]
+    return [{"id": r["id"], "prompt": r["prompt"], "reference": r["completion"][0]["content"]} for r in chosen]
 
 
 # --- report
@@ -903,11 +844,8 @@ def choose_prompts(rows: list[dict], number: int) -> list[dict]:
 SAMPLE = 2000  # rows whose tokens are counted
 
 
-def report(
-    manifest: dict, rows: datasets.Dataset, ids: np.ndarray, tokenizer, long: list[int], folder: Path
-) -> None:
-    """dataset_report.md and length_histogram.png: how long the rows are, what was left out, what the model
-    will see.
+def report(manifest: dict, rows: datasets.Dataset, ids: np.ndarray, tokenizer, long: list[int], folder: Path) -> None:
+    """dataset_report.md and length_histogram.png: how long the rows are, what was left out, what the model will see.
 
     Lengths are those of the SAMPLE rows with the smallest ids, and of every row that was too long.
     """
@@ -938,11 +876,10 @@ def report(
     n, groups = manifest["rows"], manifest["groups"]
     lines = [f"# Data set report: {manifest['source']}", ""]
     lines += [
-        f"{n['read']:,} rows read as {manifest['schema']['name']}, {n['kept']:,} kept: {n['train']:,} to "
-        f"train on, "
+        f"{n['read']:,} rows read as {manifest['schema']['name']}, {n['kept']:,} kept: {n['train']:,} to train on, "
         f"{n['validation']:,} to validate and {n['test']:,} to test.",
-        f"Prompts that are equal or nearly equal stay on one side: {groups['groups']:,} groups, the largest "
-        f"of {groups['largest']:,} rows; {groups['same_prompt']:,} rows share their prompt with another row.",
+        f"Prompts that are equal or nearly equal stay on one side: {groups['groups']:,} groups, the largest of "
+        f"{groups['largest']:,} rows; {groups['same_prompt']:,} rows share their prompt with another row.",
         "",
         "## Lengths",
         "",
@@ -955,9 +892,7 @@ def report(
         "|---|---|",
         *(f"| {tokens} | {100 * fit(tokens):.1f} % |" for tokens in (512, 1024, 2048)),
         "",
-        f"99 % of the rows fit at MAX_LENGTH = {keeps}."
-        if keeps
-        else "99 % of the rows fit at no length counted.",
+        f"99 % of the rows fit at MAX_LENGTH = {keeps}." if keeps else "99 % of the rows fit at no length counted.",
         "",
         "## Left out",
         "",
@@ -965,19 +900,12 @@ def report(
     if n["dropped"]:
         lines += ["| reason | rows | examples |", "|---|---|---|"]
         examples = manifest["dropped_examples"]
-        lines += [
-            f"| {why} | {count:,} | {', '.join(examples[why])} |" for why, count in n["dropped"].items()
-        ]
+        lines += [f"| {why} | {count:,} | {', '.join(examples[why])} |" for why, count in n["dropped"].items()]
     else:
         lines += ["Nothing."]
     lines += ["", "## Changed", ""]
     lines += [f"- {what}: {count:,} rows" for what, count in manifest["changed"].items()] or ["Nothing."]
-    lines += [
-        "",
-        "## What the model will see",
-        "",
-        "The part between ⟦ and ⟧ is trained; the rest is only read.",
-    ]
+    lines += ["", "## What the model will see", "", "The part between ⟦ and ⟧ is trained; the rest is only read."]
     for row in sample.select(range(min(3, len(sample)))):
         before, after = files.render(tokenizer, row["prompt"], row["completion"])
         text = f"{before[-3000:]}⟦{after[:3000]}⟧"
@@ -990,18 +918,14 @@ def problems(settings: dict) -> list[str]:
     """What can be seen to be wrong in the constants before anything is read."""
     found = files.check_model(MODEL_NAME, MODEL_REVISION)
     if not 0 < settings["EVAL_FRACTION"] < 1:
-        found.append(
-            f"EVAL_FRACTION is {settings['EVAL_FRACTION']}; it is a share of the rows: --eval_fraction 0.1"
-        )
+        found.append(f"EVAL_FRACTION is {settings['EVAL_FRACTION']}; it is a share of the rows: --eval_fraction 0.1")
     if not 0 <= settings["MAX_DROP_FRACTION"] <= 1:
-        found.append(
-            f"MAX_DROP_FRACTION is {settings['MAX_DROP_FRACTION']}; it is a share: --max_drop_fraction 0.2"
-        )
+        found.append(f"MAX_DROP_FRACTION is {settings['MAX_DROP_FRACTION']}; it is a share: --max_drop_fraction 0.2")
     alike = settings["NEAR_DUPLICATE_THRESHOLD"]
     if alike is not None and not 0.7 <= alike <= 1:  # what is less alike, the buckets would not find
         found.append(
             f"NEAR_DUPLICATE_THRESHOLD is {alike}; it is a similarity from 0.7 to 1, or none: "
-            f"--near_duplicate_threshold 0.8"
+            "--near_duplicate_threshold 0.8"
         )
     if not settings["DATASET_NAME"].strip():
         found.append("DATASET_NAME is empty; give a Hub name, a file or a folder")
@@ -1019,12 +943,9 @@ def stop_at_too_many(tally: Tally) -> None:
         return
     reason, number = faults.most_common(1)[0]
     share = min(faults.total() / tally.read + 0.01, 1)
-    accept = (
-        f", or accept it with: --max_drop_fraction {share:.2f}" if tally.read > tally.dropped.total() else ""
-    )
+    accept = f", or accept it with: --max_drop_fraction {share:.2f}" if tally.read > tally.dropped.total() else ""
     fail(
-        f"{faults.total()} of {tally.read} rows cannot be used, more than "
-        f"MAX_DROP_FRACTION={MAX_DROP_FRACTION} "
+        f"{faults.total()} of {tally.read} rows cannot be used, more than MAX_DROP_FRACTION={MAX_DROP_FRACTION} "
         f"allows; most: {number} x {reason} ({', '.join(tally.examples[reason])}); mend the data{accept}"
     )
 
@@ -1035,9 +956,7 @@ def main() -> None:
         fail(*found)
     folder = Path(DATA_DIR)
     with files.lock(folder):
-        for left in folder.glob(
-            ".new-*"
-        ):  # by a run that was killed; nobody else writes while we hold the lock
+        for left in folder.glob(".new-*"):  # by a run that was killed; nobody else writes while we hold the lock
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as work:
             new = Path(work, "data")
@@ -1062,9 +981,7 @@ def main() -> None:
             stop_at_too_many(tally)
 
             # --- split
-            groups = (
-                find_groups(rows, ids, questions, NEAR_DUPLICATE_THRESHOLD) if len(ids) else ids.astype(int)
-            )
+            groups = find_groups(rows, ids, questions, NEAR_DUPLICATE_THRESHOLD) if len(ids) else ids.astype(int)
             parts = split_rows(ids, groups, EVAL_FRACTION, SEED)
             sizes = {name: len(numbers) for name, numbers in parts.items()}
             largest = int(np.bincount(groups).max()) if len(groups) else 0
@@ -1072,21 +989,18 @@ def main() -> None:
                 equal = max(collections.Counter(questions.tolist()).values(), default=0)
                 mend, half = "add rows", max(len(ids) // 2, 2)
                 if equal > half:
-                    mend = (
-                        f"{equal} have one prompt, which must stay on one side: add rows with other prompts"
-                    )
+                    mend = f"{equal} have one prompt, which must stay on one side: add rows with other prompts"
                 elif largest > half and NEAR_DUPLICATE_THRESHOLD is not None:
                     mend = (
                         f"{largest} of their prompts are nearly equal and must stay on one side: "
-                        f"--near_duplicate_threshold 0.95, or none"
+                        "--near_duplicate_threshold 0.95, or none"
                     )
                 elif not sizes["train"] and EVAL_FRACTION > 0.5:
                     mend = "--eval_fraction 0.1"
                 elif EVAL_FRACTION < 0.2 and len(ids) > 9:
                     mend += ", or --eval_fraction 0.2"
                 fail(
-                    f"{len(ids)} usable rows give {sizes['train']} to train on, {sizes['validation']} to "
-                    f"validate and "
+                    f"{len(ids)} usable rows give {sizes['train']} to train on, {sizes['validation']} to validate and "
                     f"{sizes['test']} to test; each needs one: {mend}"
                 )
 
@@ -1112,12 +1026,7 @@ def main() -> None:
                 "schema": {"name": schema_name, "columns": schema},
                 "settings": settings,
                 "seed": SEED,
-                "rows": {
-                    "read": tally.read,
-                    "kept": len(ids),
-                    "dropped": dict(tally.dropped.most_common()),
-                    **sizes,
-                },
+                "rows": {"read": tally.read, "kept": len(ids), "dropped": dict(tally.dropped.most_common()), **sizes},
                 "dropped_examples": dict(tally.examples),
                 "changed": dict(tally.changed.most_common()),
                 "groups": {
@@ -1138,8 +1047,7 @@ def main() -> None:
     )
     if sizes["test"] < 100:
         files.say(
-            f"note: a test part of {sizes['test']} rows shows only large differences; 100 or more would "
-            f"be better"
+            f"note: a test part of {sizes['test']} rows shows only large differences; 100 or more would be better"
         )
 
 

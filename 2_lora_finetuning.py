@@ -37,9 +37,7 @@ LORA_TARGET_MODULES: str | list = "all-linear"  # layers that get them, or names
 USE_DORA = False  # DoRA: trains the magnitude of the weights apart from their direction; slower
 USE_RSLORA = False  # rsLoRA: scale by LORA_ALPHA / sqrt(LORA_R) instead, for high ranks
 USE_4BIT = True  # hold the frozen base in 4 bits (nf4, bitsandbytes); false is LoRA over 16 bits
-MERGE_ADAPTER = (
-    False  # also write merged_model: the 16-bit base with the adapter added, for servers without PEFT
-)
+MERGE_ADAPTER = False  # also write merged_model: the 16-bit base with the adapter added, for servers without PEFT
 
 # --- training
 # The QLoRA paper's value for models of up to 13B parameters.
@@ -61,9 +59,7 @@ SEED = 42  # of the order of the rows, dropout and new weights
 # auto leaves it to the memory plan: printed before the model loads, it takes what fits, fastest first.
 OPTIM = "auto"  # auto, or by its transformers name, e.g. adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit
 GRADIENT_CHECKPOINTING: bool | str = "auto"  # auto; true recomputes activations: a third slower, less memory
-PACKING: bool | str = (
-    "auto"  # auto, true, false: several rows in one sequence, where attention keeps them apart
-)
+PACKING: bool | str = "auto"  # auto, true, false: several rows in one sequence, where attention keeps them apart
 PLAN_ONLY = False  # print the memory plan and stop
 DEVICE_MEMORY_GB: float | None = None  # plan for a GPU with so much free memory; none asks this machine
 
@@ -101,8 +97,7 @@ def training_arguments(c: SimpleNamespace, dtype: torch.dtype, plan: machine.Pla
         num_train_epochs=c.NUM_EPOCHS,
         max_steps=c.MAX_STEPS or -1,
         per_device_train_batch_size=plan.batch_size,
-        per_device_eval_batch_size=plan.batch_size
-        * 2,  # no gradients, so twice as many rows take less memory
+        per_device_eval_batch_size=plan.batch_size * 2,  # no gradients, so twice as many rows take less memory
         gradient_accumulation_steps=plan.accumulation,
         warmup_steps=c.WARMUP_RATIO,
         lr_scheduler_type=c.LR_SCHEDULER,
@@ -146,15 +141,10 @@ def adapter_config(c: SimpleNamespace) -> LoraConfig:
     )
 
 
-def build_model(
-    c: SimpleNamespace, dtype: torch.dtype, plan: machine.Plan, device: torch.device
-) -> PreTrainedModel:
+def build_model(c: SimpleNamespace, dtype: torch.dtype, plan: machine.Plan, device: torch.device) -> PreTrainedModel:
     """The frozen base, in 4 bits or in `dtype`."""
     nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME", c.MODEL_REVISION):
         return AutoModelForCausalLM.from_pretrained(

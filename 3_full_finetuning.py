@@ -52,9 +52,7 @@ SEED = 42  # of the order of the rows, dropout and new weights
 # auto leaves it to the memory plan: printed before the model loads, it takes what fits, fastest first.
 OPTIM = "auto"  # auto, or by its transformers name, e.g. adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit
 GRADIENT_CHECKPOINTING: bool | str = "auto"  # auto; true recomputes activations: a third slower, less memory
-PACKING: bool | str = (
-    "auto"  # auto, true, false: several rows in one sequence, where attention keeps them apart
-)
+PACKING: bool | str = "auto"  # auto, true, false: several rows in one sequence, where attention keeps them apart
 PLAN_ONLY = False  # print the memory plan and stop
 DEVICE_MEMORY_GB: float | None = None  # plan for a GPU with so much free memory; none asks this machine
 
@@ -91,8 +89,7 @@ def training_arguments(c: SimpleNamespace, dtype: torch.dtype, plan: machine.Pla
         num_train_epochs=c.NUM_EPOCHS,
         max_steps=c.MAX_STEPS or -1,
         per_device_train_batch_size=plan.batch_size,
-        per_device_eval_batch_size=plan.batch_size
-        * 2,  # no gradients, so twice as many rows take less memory
+        per_device_eval_batch_size=plan.batch_size * 2,  # no gradients, so twice as many rows take less memory
         gradient_accumulation_steps=plan.accumulation,
         warmup_steps=c.WARMUP_RATIO,
         lr_scheduler_type=c.LR_SCHEDULER,
@@ -129,9 +126,7 @@ def adapter_config(c: SimpleNamespace) -> None:
     return None
 
 
-def build_model(
-    c: SimpleNamespace, dtype: torch.dtype, plan: machine.Plan, device: torch.device
-) -> PreTrainedModel:
+def build_model(c: SimpleNamespace, dtype: torch.dtype, plan: machine.Plan, device: torch.device) -> PreTrainedModel:
     """The model with fp32 masters, or bf16 weights rounded stochastically: plain bf16 loses small updates."""
     with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME", c.MODEL_REVISION):
         return AutoModelForCausalLM.from_pretrained(

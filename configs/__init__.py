@@ -1,12 +1,11 @@
-"""Settings and plumbing of the scripts. Whatever the libraries read from the environment is set here, before
-they load."""
+"""Settings and plumbing of the scripts. Whatever the libraries read from the environment is set here, before they
+load."""
 
 import logging
 import os
 import warnings
 
-# OpenMP's threads wait for one another in busy loops; on two cores any other program then slows training
-# tenfold.
+# OpenMP's threads wait for one another in busy loops; on two cores any other program then slows training tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # a short look first: a fifth faster on a small model
 # The libraries would otherwise report every run to their makers.

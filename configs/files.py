@@ -1,8 +1,7 @@
 """The hand-over between the scripts: atomic writes, the manifest, locks, what a row is in tokens, Hub errors.
 
-Nothing here trains or scores. Everything that one script writes and another one reads goes through this
-module, so that both ends agree: on where a file lies, on when it is complete, and on which token ids a
-conversation becomes.
+Nothing here trains or scores. Everything that one script writes and another one reads goes through this module, so
+that both ends agree: on where a file lies, on when it is complete, and on which token ids a conversation becomes.
 """
 
 import contextlib
@@ -70,8 +69,7 @@ def write_json(path: str | Path, value: object) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path):
-    """Yield an empty folder beside `path`; on success it takes the place of `path`, on any failure it
-    vanishes."""
+    """Yield an empty folder beside `path`; on success it takes the place of `path`, on any failure it vanishes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
@@ -101,9 +99,8 @@ def put_folder(new: Path, path: Path) -> None:
 def put_all(staged: Path, folder: Path) -> None:
     """Move everything in `staged` to `folder`, in place of what has the same names there: all or nothing.
 
-    What is replaced waits in `folder`/.old until all is done; while .old exists, the exchange is unfinished,
-    and `roll_back` undoes it: at once when a move fails, at the next run or reading when this process was
-    killed.
+    What is replaced waits in `folder`/.old until all is done; while .old exists, the exchange is unfinished, and
+    `roll_back` undoes it: at once when a move fails, at the next run or reading when this process was killed.
     """
     roll_back(folder)
     old, names = folder / ".old", sorted(path.name for path in staged.iterdir())
@@ -150,9 +147,7 @@ def lock(folder: str | Path):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")  # noqa: SIM115 (held open for the whole run)
     except OSError as error:
-        fail(
-            f"{folder}: cannot write there ({error.strerror}); choose another folder or mend its permissions"
-        )
+        fail(f"{folder}: cannot write there ({error.strerror}); choose another folder or mend its permissions")
     with file:
         try:
             import fcntl
@@ -238,8 +233,7 @@ def load_split(data_dir: str | Path, name: str):
 
 
 def local_path(name: str) -> Path | None:
-    """The file or folder that a name means: below the current folder, else beside the scripts; None for a Hub
-    name."""
+    """The file or folder that a name means: below the current folder, else beside the scripts; None for a Hub name."""
     for path in (Path(name).expanduser(), ROOT / name):
         if path.exists():
             return path
@@ -247,8 +241,8 @@ def local_path(name: str) -> Path | None:
 
 
 def model_path(name: str) -> str:
-    """What from_pretrained is given: an absolute path for a local folder (it stays right elsewhere), else the
-    Hub name."""
+    """What from_pretrained is given: an absolute path for a local folder (it stays right elsewhere), else the Hub
+    name."""
     path = local_path(name)
     return str(path.resolve()) if path else name
 
@@ -257,8 +251,8 @@ def model_path(name: str) -> str:
 
 
 WAYS_OUT = (
-    "use a local folder or file, `--preset demo` (needs no network), a mirror (set HF_ENDPOINT), "
-    "or HF_HUB_OFFLINE=1 with what an earlier run has cached"
+    "use a local folder or file, `--preset demo` (needs no network), a mirror (set HF_ENDPOINT), or HF_HUB_OFFLINE=1 "
+    "with what an earlier run has cached"
 )
 
 
@@ -268,8 +262,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def looks_like_path(name: str) -> bool:
-    """True for a name that can only be meant as a place on this machine, whether or not something is "
-    "there."""
+    """True for a name that can only be meant as a place on this machine, whether or not something is " "there."""
     begins = name.startswith((".", "/", "~", "outputs/", "data/", "configs/"))
     ends = name.endswith((".json", ".jsonl", ".csv", ".parquet", ".txt"))
     return begins or ends or "\\" in name or name.count("/") > 1
@@ -286,8 +279,8 @@ def cached(name: str) -> bool:
 def go_online(*names: str | None) -> None:
     """Decide within seconds whether the Hub can be asked for `names`; the libraries would retry for minutes.
 
-    Sets HF_HUB_OFFLINE=1 when nothing is to be fetched, or when nobody answers but the cache holds
-    everything. Call it before transformers or datasets are imported: they read it once.
+    Sets HF_HUB_OFFLINE=1 when nothing is to be fetched, or when nobody answers but the cache holds everything. Call it
+    before transformers or datasets are imported: they read it once.
     Raises: SystemExit(2) when a name is neither cached nor to be had.
     """
     wanted = [name for name in names if name and is_hub_name(name)]
@@ -329,8 +322,7 @@ def probe(endpoint: str) -> str:
 
 @contextlib.contextmanager
 def hub_errors(kind: str, name: str, flag: str, revision: str | None = None):
-    """Turn what the libraries raise for a missing, gated or unreachable repository into one sentence and exit
-    code 2.
+    """Turn what the libraries raise for a missing, gated or unreachable repository into one sentence and exit code 2.
 
     kind: "model" or "data set"; flag: the setting that named it; revision: the one that was asked for.
     """
@@ -349,8 +341,8 @@ def hub_errors(kind: str, name: str, flag: str, revision: str | None = None):
             fail(f"{kind} {name!r} ({flag}) is gated: accept its terms at {page}, then run `hf auth login`")
         if "RevisionNotFoundError" in types or revision and f"Revision '{revision}' doesn't exist" in text:
             fail(
-                f"{kind} {name!r} has no revision {revision!r} ({flag.replace('NAME', 'REVISION')}); see the "
-                f"branches and tags at {page}"
+                f"{kind} {name!r} has no revision {revision!r} ({flag.replace('NAME', 'REVISION')}); see the branches "
+                f"and tags at {page}"
             )
         if (
             "RepositoryNotFoundError" in types
@@ -359,16 +351,8 @@ def hub_errors(kind: str, name: str, flag: str, revision: str | None = None):
         ):
             fail(f"{kind} {name!r} ({flag}) is not on the Hub, or it is private: check the name at {page}")
         if is_hub_name(name) and os.environ.get("HF_HUB_OFFLINE") == "1":
-            fail(
-                f"{kind} {name!r} ({flag}) is not complete in the cache, and the Hub is not asked; {WAYS_OUT}"
-            )
-        if types & {
-            "ConnectionError",
-            "ConnectError",
-            "ReadTimeout",
-            "ConnectTimeout",
-            "LocalEntryNotFoundError",
-        }:
+            fail(f"{kind} {name!r} ({flag}) is not complete in the cache, and the Hub is not asked; {WAYS_OUT}")
+        if types & {"ConnectionError", "ConnectError", "ReadTimeout", "ConnectTimeout", "LocalEntryNotFoundError"}:
             fail(f"{kind} {name!r} ({flag}) could not be fetched ({str(error).splitlines()[0]}); {WAYS_OUT}")
         raise
 
@@ -381,15 +365,10 @@ def check_model(name: str, revision: str | None = None, flag: str = "MODEL_NAME"
         if name.startswith("outputs/demo_base_model"):
             return [f"{flag} {name!r} is not made yet; make it with: python configs/demo/base_model.py"]
         if looks_like_path(name):
-            return [
-                f"{flag} {name!r}: there is no such folder; give a Hub name or a folder with a config.json"
-            ]
+            return [f"{flag} {name!r}: there is no such folder; give a Hub name or a folder with a config.json"]
         return []
     if not (path / "config.json").is_file():
-        return [
-            f"{flag} {name!r} is not a model folder: {path}/config.json is missing; give a folder that "
-            f"has one"
-        ]
+        return [f"{flag} {name!r} is not a model folder: {path}/config.json is missing; give a folder that has one"]
     return []
 
 
@@ -406,11 +385,9 @@ def chat_template_file(prompt_format: str) -> Path:
 
 
 def load_tokenizer(name: str, revision: str | None, prompt_format: str):
-    """A tokenizer whose chat template is the model's own ("auto", where it has one) or one of ours; no token
-    is added.
+    """A tokenizer whose chat template is the model's own ("auto", where it has one) or one of ours; no token is added.
 
-    Its template travels with it: whatever is saved with this tokenizer renders conversations as they were
-    trained.
+    Its template travels with it: whatever is saved with this tokenizer renders conversations as they were trained.
     Raises: SystemExit(2) when the model cannot be had.
     """
     from transformers import AutoTokenizer
@@ -418,20 +395,12 @@ def load_tokenizer(name: str, revision: str | None, prompt_format: str):
     with hub_errors("model", name, "MODEL_NAME", revision):
         tokenizer = AutoTokenizer.from_pretrained(model_path(name), revision=revision)
     if tokenizer.eos_token is None:
-        fail(
-            f"model {name!r} has no end-of-text token (eos_token), so an answer could not end; use "
-            f"another model"
-        )
+        fail(f"model {name!r} has no end-of-text token (eos_token), so an answer could not end; use another model")
     if not tokenizer("What is an ETF?", add_special_tokens=False).input_ids:
-        fail(
-            f"model {name!r} has no tokenizer that can be used (is tokenizer.json missing?); save one with it"
-        )
+        fail(f"model {name!r} has no tokenizer that can be used (is tokenizer.json missing?); save one with it")
     if prompt_format != "auto" or not tokenizer.chat_template:
-        template = chat_template_file("chatml" if prompt_format == "auto" else prompt_format).read_text(
-            "utf-8"
-        )
-        # Llama's tokenizer begins every text with its BOS, phi-2's does not: the template does what the model
-        # knows.
+        template = chat_template_file("chatml" if prompt_format == "auto" else prompt_format).read_text("utf-8")
+        # Llama's tokenizer begins every text with its BOS, phi-2's does not: the template does what the model knows.
         begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [
             tokenizer.bos_token_id
         ]
@@ -450,8 +419,7 @@ def is_our_template(tokenizer) -> bool:
 
 
 def markers(tokenizer) -> list[str]:
-    """Strings that would pose as a turn or as the end of one: special tokens and the markers of the chat
-    template."""
+    """Strings that would pose as a turn or as the end of one: special tokens and the markers of the chat template."""
     found = set(tokenizer.all_special_tokens)
     found |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     template = tokenizer.chat_template or ""
@@ -459,18 +427,14 @@ def markers(tokenizer) -> list[str]:
     if declared:  # "### Response:" holds a space, so the list is cut before each marker's own beginning
         found |= {m.strip() for m in re.split(r"\s+(?=###|\[|<)", declared.group(1)) if m.strip()}
     else:
-        found |= set(
-            re.findall(r"<\|[^|<>]+\|>|\[/?[A-Z_]{3,}\]|<</?SYS>>|<(?:start|end)_of_turn>", template)
-        )
+        found |= set(re.findall(r"<\|[^|<>]+\|>|\[/?[A-Z_]{3,}\]|<</?SYS>>|<(?:start|end)_of_turn>", template))
     return sorted(found)
 
 
 def render(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[str, str]:
-    """Text of the prompt up to where the answer begins, and of the answer up to and with the token that ends
-    it.
+    """Text of the prompt up to where the answer begins, and of the answer up to and with the token that ends it.
 
-    Raises: ValueError when the template does not continue its own generation prompt (the answer cannot be
-    told apart).
+    Raises: ValueError when the template does not continue its own generation prompt (the answer cannot be told apart).
     """
     before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
@@ -483,11 +447,9 @@ def render(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[str, 
 
 
 def encode(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, and of the answer with the one token that ends it: the same in training and
-    scoring.
+    """Token ids of the prompt, and of the answer with the one token that ends it: the same in training and scoring.
 
-    prompt, completion: lists of {role, content}. The prompt's ids are exactly those that generation will
-    start from.
+    prompt, completion: lists of {role, content}. The prompt's ids are exactly those that generation will start from.
     """
     before, after = render(tokenizer, prompt, completion)
     context = tokenizer(before, add_special_tokens=False, verbose=False).input_ids
@@ -499,8 +461,7 @@ def encode(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[list[
 
 
 def answer_end(tokenizer) -> int:
-    """Id of the token that ends an answer under this tokenizer's template (EOS, or a chat model's
-    end-of-turn)."""
+    """Id of the token that ends an answer under this tokenizer's template (EOS, or a chat model's end-of-turn)."""
     one = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
     return encode(tokenizer, *one)[1][-1]
 
@@ -509,12 +470,11 @@ def answer_end(tokenizer) -> int:
 
 
 def keep_4bit_layout(model) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference when a CPU with avx512_bf16 first
-    evaluates them.
+    """Keep bitsandbytes from repacking 4-bit weights for inference when a CPU with avx512_bf16 first evaluates them.
 
-    It does so once and for all (0.50.2): from the first evaluation on, no gradient passes through the 4-bit
-    layers, and a layer whose width is no multiple of 64 fails. Training, evaluation and scoring then share
-    one arithmetic, too.
+    It does so once and for all (0.50.2): from the first evaluation on, no gradient passes through the 4-bit layers,
+    and a layer whose width is no multiple of 64 fails. Training, evaluation and scoring then share one arithmetic,
+    too.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -534,9 +494,7 @@ def environment() -> dict:
     from importlib.metadata import PackageNotFoundError, version
 
     packages = {}
-    for name in (
-        "torch transformers datasets peft trl bitsandbytes accelerate deepspeed evaluate tensorboard".split()
-    ):
+    for name in "torch transformers datasets peft trl bitsandbytes accelerate deepspeed evaluate tensorboard".split():
         with contextlib.suppress(PackageNotFoundError):
             packages[name] = version(name)
     import torch

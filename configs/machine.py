@@ -36,9 +36,8 @@ def machine_problems() -> list[str]:
         if torch.cuda.device_count() > 1 and not launched:
             script, n = sys.argv[0], torch.cuda.device_count()
             return [
-                f"{n} GPUs are visible to one process; use one with `CUDA_VISIBLE_DEVICES=0 python "
-                f"{script}`, "
-                f"or all with `accelerate launch --num_processes {n} {script}`"
+                f"{n} GPUs are visible to one process; use one with `CUDA_VISIBLE_DEVICES=0 python {script}`, or all "
+                f"with `accelerate launch --num_processes {n} {script}`"
             ]
         return []
     if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
@@ -48,15 +47,14 @@ def machine_problems() -> list[str]:
         if smi.returncode == 0 and "GPU" in smi.stdout:
             build = torch.version.cuda
             why = (
-                f"the driver is too old for its CUDA {build}; update the driver or install a torch "
-                f"built for an older CUDA"
+                f"the driver is too old for its CUDA {build}; update the driver or install a torch built for an older "
+                "CUDA"
             )
             if build is None:
                 why = "it is a build for the CPU; install a CUDA build of the same version"
             return [
-                f"nvidia-smi sees {smi.stdout.splitlines()[0].split(' (')[0]!r}, torch "
-                f"{torch.__version__} does not: {why}; "
-                "to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES= (empty)"
+                f"nvidia-smi sees {smi.stdout.splitlines()[0].split(' (')[0]!r}, torch {torch.__version__} does not: "
+                f"{why}; to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES= (empty)"
             ]
     return []
 
@@ -87,12 +85,9 @@ def own_precision(dtype: torch.dtype) -> None:
     if theirs not in (name, ""):
         files.say(
             f"note: accelerate's configuration asks for mixed precision {theirs!r}; this run takes {name!r} "
-            f"(PRECISION), "
-            f"so that both methods compute alike"
+            "(PRECISION), so that both methods compute alike"
         )
-    os.environ["ACCELERATE_MIXED_PRECISION"] = (
-        name  # the library would obey it where no precision is asked for
-    )
+    os.environ["ACCELERATE_MIXED_PRECISION"] = name  # the library would obey it where no precision is asked for
 
 
 def four_bit(wanted: bool) -> bool:
@@ -101,15 +96,12 @@ def four_bit(wanted: bool) -> bool:
         torch.backends.mps.is_available() and not torch.cuda.is_available()
     )
     if wanted and not able:
-        files.say(
-            "note: bitsandbytes has no 4-bit kernels for this device; the base is held in 16 bits (USE_4BIT)"
-        )
+        files.say("note: bitsandbytes has no 4-bit kernels for this device; the base is held in 16 bits (USE_4BIT)")
     return wanted and able
 
 
 def attention(dtype: torch.dtype) -> str:
-    """The attention implementation: flash attention where it is installed, sdpa in fp32 for fp16, sdpa
-    elsewhere.
+    """The attention implementation: flash attention where it is installed, sdpa in fp32 for fp16, sdpa elsewhere.
 
     fp16 ends at 65,504, which the products of phi-2's queries and keys exceed; in fp32 they are right.
     """
@@ -132,22 +124,19 @@ def sdpa_fp32(module, query, key, value, attention_mask, **kwargs):
 
 
 def packing(choice: bool | str, implementation: str) -> tuple[bool, str]:
-    """(whether to pack rows into full sequences, why). Only flash and flex attention keep packed rows apart
-    at no cost: with others a row could see its neighbours, or would pay for masking them."""
+    """(whether to pack rows into full sequences, why). Only flash and flex attention keep packed rows apart at no
+    cost: with others a row could see its neighbours, or would pay for masking them."""
     isolates = implementation.startswith(("flash", "flex"))
     if choice is True and not isolates:
         fail(
-            f"PACKING is true, but {implementation} attention does not keep packed rows apart; install "
-            f"flash-attn, or "
-            f"let batches be grouped by length: --packing auto"
+            f"PACKING is true, but {implementation} attention does not keep packed rows apart; install flash-attn, or "
+            "let batches be grouped by length: --packing auto"
         )
     if choice is not False and isolates:
         return True, f"{implementation} keeps packed rows apart"
     return (
         False,
-        "chosen by PACKING"
-        if isolates
-        else f"{implementation} does not keep packed rows apart; by length instead",
+        "chosen by PACKING" if isolates else f"{implementation} does not keep packed rows apart; by length instead",
     )
 
 
@@ -185,8 +174,7 @@ class Plan:
 
     @property
     def optim_args(self) -> str | None:
-        """What the optimizer is given: bf16 weights would lose every update below 1/256 of a weight to
-        rounding."""
+        """What the optimizer is given: bf16 weights would lose every update below 1/256 of a weight to rounding."""
         return "bf16_stochastic_round=True" if self.half_weights else None
 
     def as_dict(self) -> dict:
@@ -225,23 +213,20 @@ def adapt(model, adapter):
             raise ValueError("an empty list")
         return get_peft_model(model, copy.deepcopy(adapter))
     except (ValueError, re.error) as error:
-        known = sorted(
-            {module.rpartition(".")[2] for module in modules if module and not module[-1].isdigit()}
-        )
+        known = sorted({module.rpartition(".")[2] for module in modules if module and not module[-1].isdigit()})
         fail(
             f"LORA_TARGET_MODULES {wanted if isinstance(wanted, str) else names} fits no layer of this model "
-            f"({' '.join(str(error).split())[:120]}); it has: {', '.join(known)}; adapt every linear layer "
-            f"with: "
-            f"--lora_target_modules all-linear"
+            f"({' '.join(str(error).split())[:120]}); it has: {', '.join(known)}; adapt every linear layer with: "
+            "--lora_target_modules all-linear"
         )
 
 
 class Sizes:
     """Parameters of a model, and bytes of its activations, from its configuration and the adapter's alone.
 
-    Activations are counted, not estimated: a model of one and of two layers runs forward on tensors without
-    storage (torch's FakeTensorMode), and what autograd keeps is added up, at two lengths, so that what grows
-    with the rows is told from what does not.
+    Activations are counted, not estimated: a model of one and of two layers runs forward on tensors without storage
+    (torch's FakeTensorMode), and what autograd keeps is added up, at two lengths, so that what grows with the rows is
+    told from what does not.
     """
 
     def __init__(self, config, adapter, dtype: torch.dtype, length: int):
@@ -261,8 +246,7 @@ class Sizes:
         self.layers, self.hidden, self.vocabulary = text.num_hidden_layers, text.hidden_size, text.vocab_size
         self.length = length
         kept = {
-            n: [self._kept(config, adapter, dtype, n, part) for part in (length // 2, length // 2 * 2)]
-            for n in (1, 2)
+            n: [self._kept(config, adapter, dtype, n, part) for part in (length // 2, length // 2 * 2)] for n in (1, 2)
         }
         slopes = {n: (long - short) / max(length // 2, 1) for n, (short, long) in kept.items()}
         self.layer = (slopes[2] - slopes[1]) * length  # bytes a layer and row
@@ -298,14 +282,10 @@ class Sizes:
                 torch.func.functional_call(model, tensors, kwargs=given)
         # without storage a causal mask is made, where real tensors need none
         mask = (1, 1, length, length)
-        return sum(
-            t.untyped_storage().nbytes() for key, t in kept.items() if key not in own and t.shape != mask
-        )
+        return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own and t.shape != mask)
 
 
-def parts(
-    sizes: Sizes, c, dtype: torch.dtype, checkpointing: bool, optim: str, half: bool, batch: int
-) -> dict:
+def parts(sizes: Sizes, c, dtype: torch.dtype, checkpointing: bool, optim: str, half: bool, batch: int) -> dict:
     """Bytes that a training holds at its peak, by what takes them."""
     lora, split = hasattr(c, "LORA_R"), zero(c)
     width = dtype.itemsize
@@ -327,8 +307,7 @@ def parts(
     else:
         activations = batch * ((sizes.layers + 1) * sizes.layer + sizes.fixed)
     rows = batch * sizes.length
-    # TRL's head works in tiles; it keeps the gradient of its input, and of its weight where that is trained,
-    # in fp32
+    # TRL's head works in tiles; it keeps the gradient of its input, and of its weight where that is trained, in fp32
     logits = min(rows, 4096) * min(sizes.vocabulary, 32768) * width + rows * sizes.hidden * 4
     logits += 0 if lora else sizes.vocabulary * sizes.hidden * 4
     found = {
@@ -344,8 +323,7 @@ def parts(
 
 
 def zero(c) -> dict[str, int]:
-    """By what DeepSpeed divides each part on one device (ZeRO; Rajbhandari et al. 2020), and whether it
-    offloads."""
+    """By what DeepSpeed divides each part on one device (ZeRO; Rajbhandari et al. 2020), and whether it offloads."""
     processes, stage, offload = int(os.environ.get("WORLD_SIZE", "1")), 0, False
     stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0") or 0)
     offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") not in ("none", "")
@@ -361,9 +339,8 @@ def zero(c) -> dict[str, int]:
 
 
 def make_plan(c, config, dtype: torch.dtype, length: int, adapter) -> Plan:
-    """The first of these that fits, printed as a table: as it is, with gradient checkpointing, with 8-bit
-    AdamW, with bf16 weights and stochastic rounding (full fine-tuning), with smaller micro-batches. The rows
-    a step never change.
+    """The first of these that fits, printed as a table: as it is, with gradient checkpointing, with 8-bit AdamW, with
+    bf16 weights and stochastic rounding (full fine-tuning), with smaller micro-batches. The rows a step never change.
 
     A setting that is not "auto" is kept. length: tokens of the longest row; adapter: LoRA's configuration,
     or None. Raises: SystemExit(2) when nothing fits, with what would, or when the disk is too small for the
@@ -391,26 +368,21 @@ def make_plan(c, config, dtype: torch.dtype, length: int, adapter) -> Plan:
         if sum(found.values()) <= free:
             break
     disk = disk_bytes(sizes, c, lora, optim, half)
-    why = (
-        *reasons(c, on, optim, half, batch, rows // batch),
-        f"packing {'on' if packed else 'off'}: {why_packed}",
-    )
+    why = (*reasons(c, on, optim, half, batch, rows // batch), f"packing {'on' if packed else 'off'}: {why_packed}")
     plan = Plan(on, optim, half, batch, rows // batch, found, free, disk, implementation, packed, why)
     method = "LoRA" if lora else "full"
     files.say(f"memory plan, {method}, {batch} x {length} tokens a pass:\n{plan.table()}")
     if plan.total > free:
         ways = ways_out(c, config, dtype, length, sizes, free, plan.total, adapter)
         fail(
-            f"{c.MODEL_NAME} ({method}) needs {plan.total / GB:.1f} GB at the least, and {free / GB:.1f} GB "
-            f"are free; "
+            f"{c.MODEL_NAME} ({method}) needs {plan.total / GB:.1f} GB at the least, and {free / GB:.1f} GB are free; "
             f"what would fit: {'; '.join(ways)}"
         )
     left = shutil.disk_usage(Path(c.OUTPUT_DIR) if Path(c.OUTPUT_DIR).is_dir() else ".").free
     if left < disk and not c.PLAN_ONLY:
         fail(
-            f"{c.OUTPUT_DIR}: {left / GB:.1f} GB are left on this disk, and the checkpoints need "
-            f"{disk / GB:.1f} GB; make "
-            f"room, or choose another place: --output_dir PATH"
+            f"{c.OUTPUT_DIR}: {left / GB:.1f} GB are left on this disk, and the checkpoints need {disk / GB:.1f} GB; "
+            "make room, or choose another place: --output_dir PATH"
         )
     return plan
 
@@ -430,15 +402,12 @@ def reasons(c, on: bool, optim: str, half: bool, batch: int, steps: int) -> tupl
         found.append("bf16 weights with stochastic rounding, because fp32 masters would not fit")
     if batch != c.BATCH_SIZE:
         found.append(
-            f"{batch} x {steps} rows instead of {c.BATCH_SIZE} x {c.GRADIENT_ACCUMULATION_STEPS}: as many a "
-            f"step"
+            f"{batch} x {steps} rows instead of {c.BATCH_SIZE} x {c.GRADIENT_ACCUMULATION_STEPS}: as many a step"
         )
     return tuple(found)
 
 
-def ways_out(
-    c, config, dtype: torch.dtype, length: int, sizes: Sizes, free: int, total: int, adapter
-) -> list[str]:
+def ways_out(c, config, dtype: torch.dtype, length: int, sizes: Sizes, free: int, total: int, adapter) -> list[str]:
     """What would fit where a plan does not, each with its number."""
     found, lora = [], adapter is not None
 
@@ -447,8 +416,7 @@ def ways_out(
             found.append(f"{text} ({needed / GB:.1f} GB)")
 
     def least(sizes: Sizes, c, free_choice: bool = False) -> int:
-        """The least that a training takes: one row a pass, and what the settings leave open chosen for
-        memory."""
+        """The least that a training takes: one row a pass, and what the settings leave open chosen for memory."""
         on = True if free_choice or c.GRADIENT_CHECKPOINTING == "auto" else c.GRADIENT_CHECKPOINTING
         small = "paged_adamw_8bit" if hasattr(c, "LORA_R") else "adamw_torch_8bit"
         optim = small if free_choice or c.OPTIM == "auto" else c.OPTIM
@@ -459,9 +427,7 @@ def ways_out(
         offer("both left to the plan: --gradient_checkpointing auto --optim auto", least(sizes, c, True))
     as_lora = SimpleNamespace(**{**vars(c), "LORA_R": 16, "USE_4BIT": True, "USE_DEEPSPEED": False})
     if not lora:
-        small = Sizes(
-            config, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"), dtype, length
-        )
+        small = Sizes(config, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"), dtype, length)
         offer("LoRA over 4 bits: python 2_lora_finetuning.py", least(small, as_lora, True))
         as_lora.USE_4BIT = False
         offer("LoRA over 16 bits: python 2_lora_finetuning.py --use_4bit false", least(small, as_lora, True))
@@ -485,8 +451,7 @@ def ways_out(
 
 
 def device_memory(gigabytes: float | None) -> tuple[int, bool]:
-    """(bytes, whether they are a GPU's): DEVICE_MEMORY_GB of a GPU to plan for, or what this machine has
-    free."""
+    """(bytes, whether they are a GPU's): DEVICE_MEMORY_GB of a GPU to plan for, or what this machine has free."""
     if gigabytes is not None:
         return int(gigabytes * GB), True
     if torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""What both trainings share and no library has: token-exact evaluation, a seeded sampler by length, the
-memory plan, resume, the run's log.
+"""What both trainings share and no library has: token-exact evaluation, a seeded sampler by length, the memory plan,
+resume, the run's log.
 
-The trainer is TRL's SFTTrainer with two small overrides. Everything that a reader wants to see or change (the
-model, the LoRA configuration, the SFTConfig, the order of things) stands in the scripts.
+The trainer is TRL's SFTTrainer with two small overrides. Everything that a reader wants to see or change (the model,
+the LoRA configuration, the SFTConfig, the order of things) stands in the scripts.
 """
 
 import contextlib
@@ -25,13 +25,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Sampler
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    EarlyStoppingCallback,
-    EvalPrediction,
-    TrainerCallback,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, EarlyStoppingCallback, EvalPrediction, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import SFTTrainer, pack_dataset
@@ -44,21 +38,17 @@ from configs.settings import fail
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Row numbers in an order in which the rows of one optimizer step have similar lengths, so that little is
-    padding.
+    """Row numbers in an order in which the rows of one optimizer step have similar lengths, so that little is padding.
 
-    The order is a function of (seed, epoch) alone, and so the same in every process and after a resume. The
-    library's sampler draws from the global generator instead: a run that is killed in its second epoch
-    resumes with other batches.
+    The order is a function of (seed, epoch) alone, and so the same in every process and after a resume. The library's
+    sampler draws from the global generator instead: a run that is killed in its second epoch resumes with other
+    batches.
 
-    lengths: tokens per row. group_size: rows per optimizer step over all processes (micro-batch x
-    accumulation x processes), so that a group never straddles two steps. epoch: called when an epoch begins;
-    its number, from 0.
+    lengths: tokens per row. group_size: rows per optimizer step over all processes (micro-batch x accumulation x
+    processes), so that a group never straddles two steps. epoch: called when an epoch begins; its number, from 0.
     """
 
-    GROUPS_PER_POOL = (
-        50  # rows are sorted within pools of so many steps: as random as the memory of a pool allows
-    )
+    GROUPS_PER_POOL = 50  # rows are sorted within pools of so many steps: as random as the memory of a pool allows
 
     def __init__(self, lengths: Sequence[int], group_size: int, seed: int, epoch: Callable[[], int]):
         self.lengths, self.group_size, self.seed, self.epoch = np.asarray(lengths), group_size, seed, epoch
@@ -71,14 +61,12 @@ class LengthGroupedSampler(Sampler[int]):
         order = random.permutation(len(self.lengths))
         pool = self.group_size * self.GROUPS_PER_POOL
         groups = []
-        # what is left over joins the last pool: in a pool of its own it could hide the longest row in the
-        # short group
+        # what is left over joins the last pool: in a pool of its own it could hide the longest row in the short group
         pools = max(len(order) // pool, 1)
         for rows in np.split(order, [pool * i for i in range(1, pools)]):
             rows = rows[np.argsort(-self.lengths[rows], kind="stable")]
             groups += [rows[i : i + self.group_size] for i in range(0, len(rows), self.group_size)]
-        # only the very last group may be short: anywhere else it would shift all later groups across the
-        # steps
+        # only the very last group may be short: anywhere else it would shift all later groups across the steps
         last = [groups.pop()] if groups and len(groups[-1]) < self.group_size else []
         random.shuffle(groups)
         if groups:  # the longest rows first, so that a run that does not fit fails in its first step
@@ -91,34 +79,28 @@ class LengthGroupedSampler(Sampler[int]):
 def token_exact(prediction: EvalPrediction) -> dict[str, float]:
     """eval_loss as sum of nll over sum of tokens, from per-row sums.
 
-    prediction.predictions: nll per row, float, shape (rows,), in nats; prediction.label_ids: scored tokens
-    per row.
+    prediction.predictions: nll per row, float, shape (rows,), in nats; prediction.label_ids: scored tokens per row.
     """
     nll, tokens = prediction.predictions.astype(np.float64), prediction.label_ids
     return {"eval_loss": float(nll.sum() / max(tokens.sum(), 1)), "eval_tokens": int(tokens.sum())}
 
 
 class ExactTrainer(SFTTrainer):
-    """SFTTrainer whose eval_loss is the mean over tokens, whose batches are grouped by length, and whose LoRA
-    is fp32.
+    """SFTTrainer whose eval_loss is the mean over tokens, whose batches are grouped by length, and whose LoRA is fp32.
 
-    The Trainer's own eval_loss is a mean over rows of per-batch means, which changes with the evaluation
-    batch size and the number of processes. Here each row reports (nll, tokens); `gather_for_metrics` brings
-    them together without the rows that pad the last batch of several processes, and the best checkpoint is
-    chosen by their quotient.
+    The Trainer's own eval_loss is a mean over rows of per-batch means, which changes with the evaluation batch size
+    and the number of processes. Here each row reports (nll, tokens); `gather_for_metrics` brings them together without
+    the rows that pad the last batch of several processes, and the best checkpoint is chosen by their quotient.
     """
 
     def __init__(self, *args, **kwargs):
         self.portion: int | None = None  # rows a forward pass, once memory has run out
         self.step_rows: tuple[int, list] = (-1, [])  # (optimizer step, its micro-batches so far)
-        self.logged: tuple[float, int] = (
-            time.monotonic(),
-            0,
-        )  # when the last record was made, at how many tokens
+        self.logged: tuple[float, int] = (time.monotonic(), 0)  # when the last record was made, at how many tokens
         super().__init__(*args, compute_metrics=token_exact, **kwargs)
-        # TRL casts QLoRA's trainable weights to bf16, where an update below 1/256 of a weight vanishes and
-        # which fp16's GradScaler refuses; in fp32 they cost next to nothing. (Full fine-tuning chooses its
-        # dtype when it loads.)
+        # TRL casts QLoRA's trainable weights to bf16, where an update below 1/256 of a weight vanishes and which
+        # fp16's GradScaler refuses; in fp32 they cost next to nothing. (Full fine-tuning chooses its dtype when it
+        # loads.)
         if hasattr(self.model, "peft_config"):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
@@ -132,8 +114,7 @@ class ExactTrainer(SFTTrainer):
             rows["length"] if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]],
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             args.seed,
-            # read from the trainer's state: accelerate does not hand set_epoch through the wrappers of a
-            # resumed run
+            # read from the trainer's state: accelerate does not hand set_epoch through the wrappers of a resumed run
             lambda: int(self.state.epoch or 0),
         )
 
@@ -141,9 +122,8 @@ class ExactTrainer(SFTTrainer):
         """The loss of one micro-batch; when memory runs out, the optimizer step again in half micro-batches.
 
         That is exact (dropout apart): the loss is a sum over tokens, divided by the tokens of the whole
-        step, so it does not matter in how many portions they come. All micro-batches of the step come again,
-        because the backward pass that failed may have added to some of the gradients. The smaller size is
-        kept.
+        step, so it does not matter in how many portions they come. All micro-batches of the step come again, because
+        the backward pass that failed may have added to some of the gradients. The smaller size is kept.
         """
         step = self.state.global_step
         seen = self.step_rows[1] if self.step_rows[0] == step else []
@@ -165,8 +145,7 @@ class ExactTrainer(SFTTrainer):
             model.zero_grad()
             torch.cuda.empty_cache()
             files.say(
-                f"\nout of memory with {size} rows a pass: this step again with {self.portion}, and so from "
-                f"now on"
+                f"\nout of memory with {size} rows a pass: this step again with {self.portion}, and so from now on"
             )
             todo = self.step_rows[1]
 
@@ -216,22 +195,17 @@ def settings_problems(settings: dict) -> list[str]:
         if settings[name] <= 0:
             found.append(f"{name} is {settings[name]}; it must be above 0")
     if not 0 <= settings["WARMUP_RATIO"] < 1:
-        found.append(
-            f"WARMUP_RATIO is {settings['WARMUP_RATIO']}; it is a share of all steps: --warmup_ratio 0.03"
-        )
+        found.append(f"WARMUP_RATIO is {settings['WARMUP_RATIO']}; it is a share of all steps: --warmup_ratio 0.03")
     for name in ("MAX_TRAIN_SAMPLES", "MAX_EVAL_SAMPLES", "MAX_STEPS"):
         if settings[name] is not None and settings[name] < 1:
-            found.append(
-                f"{name} is {settings[name]}; give a number above 0, or none for all: --{name.lower()} none"
-            )
+            found.append(f"{name} is {settings[name]}; give a number above 0, or none for all: --{name.lower()} none")
     for name in ("EVAL_STEPS", "SAVE_STEPS"):
         if settings[name] > 1 and settings[name] != int(settings[name]):
             found.append(f"{name} is {settings[name]}; above 1 it counts steps and must be whole")
     named = any("EVAL_STEPS" in problem or "SAVE_STEPS" in problem for problem in found)
     if settings["SAVE_STEPS"] != settings["EVAL_STEPS"] and not named:
         found.append(
-            f"SAVE_STEPS ({settings['SAVE_STEPS']}) must equal EVAL_STEPS ({settings['EVAL_STEPS']}), so "
-            f"that the "
+            f"SAVE_STEPS ({settings['SAVE_STEPS']}) must equal EVAL_STEPS ({settings['EVAL_STEPS']}), so that the "
             f"best model that was evaluated is also saved: --save_steps {settings['EVAL_STEPS']}"
         )
     for name in ("GRADIENT_CHECKPOINTING", "PACKING"):
@@ -248,10 +222,7 @@ def settings_problems(settings: dict) -> list[str]:
     optimizers = "auto adamw_torch adamw_torch_fused adamw_torch_8bit adamw_bnb_8bit paged_adamw_8bit "
     optimizers += "paged_adamw_32bit lion_8bit lion_32bit paged_lion_8bit paged_lion_32bit "
     optimizers += "adafactor sgd adagrad rmsprop"
-    for name, known in (
-        ("LR_SCHEDULER", schedules),
-        ("OPTIM", optimizers.split()),
-    ):
+    for name, known in (("LR_SCHEDULER", schedules), ("OPTIM", optimizers.split())):
         if settings[name] not in known:
             found.append(f"{name} is {settings[name]!r}; choose one of: {', '.join(known)}")
     if not 0 <= settings.get("LORA_DROPOUT", 0) < 1:
@@ -274,15 +245,14 @@ def settings_problems(settings: dict) -> list[str]:
     zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     if settings.get("USE_4BIT") and zero3:
         found.append(
-            "ZeRO-3 cannot split a 4-bit base: launch with --zero_stage 2, or train LoRA over 16 bits: "
-            "--use_4bit false"
+            "ZeRO-3 cannot split a 4-bit base: launch with --zero_stage 2, or train LoRA over 16 bits: --use_4bit "
+            "false"
         )
     if settings.get("USE_DEEPSPEED"):
         path, text = files.local_path(settings["DEEPSPEED_CONFIG"]), None
         if path is None or not path.is_file():
             found.append(
-                f"DEEPSPEED_CONFIG {settings['DEEPSPEED_CONFIG']!r} is missing or no file; use "
-                f"configs/ds_config.json"
+                f"DEEPSPEED_CONFIG {settings['DEEPSPEED_CONFIG']!r} is missing or no file; use configs/ds_config.json"
             )
         else:
             text = path.read_text("utf-8")
@@ -292,13 +262,11 @@ def settings_problems(settings: dict) -> list[str]:
                     raise ValueError("an object with an object zero_optimization is needed")
             except ValueError as error:
                 found.append(
-                    f"DEEPSPEED_CONFIG {path} is not JSON of the right shape ({error}); compare "
-                    f"configs/ds_config.json"
+                    f"DEEPSPEED_CONFIG {path} is not JSON of the right shape ({error}); compare configs/ds_config.json"
                 )
         if text and "offload" in text and not shutil.which("nvcc"):
             found.append(
-                f"{path} offloads to the CPU, which compiles with the CUDA toolkit, and nvcc is not "
-                f"there; install it"
+                f"{path} offloads to the CPU, which compiles with the CUDA toolkit, and nvcc is not there; install it"
             )
     return found
 
@@ -321,21 +289,14 @@ def model_config(name: str, revision: str | None, max_length: int):
         config = AutoConfig.from_pretrained(files.model_path(name), revision=revision)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
-        fail(
-            f"MAX_LENGTH is {max_length}, but {name} has only {positions} positions: --max_length {positions}"
-        )
+        fail(f"MAX_LENGTH is {max_length}, but {name} has only {positions} positions: --max_length {positions}")
     return config
 
 
 def prepare_deepspeed(config: str) -> str:
     """Path of a DeepSpeed configuration for SFTConfig; under plain `python`, sets up the one process that it
     expects."""
-    for name, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-    }.items():
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)  # without these DeepSpeed looks for MPI
     os.environ.setdefault("MASTER_PORT", str(files.free_port()))
     return str(files.local_path(config))
@@ -344,12 +305,11 @@ def prepare_deepspeed(config: str) -> str:
 def token_rows(
     data_dir: str, part: str, limit: int | None, tokenizer, max_length: int, max_drop_fraction: float
 ) -> Dataset:
-    """Rows of "train" or "validation" as the trainer takes them: input_ids, labels (-100 on the prompt),
-    length, and how many tokens are trained.
+    """Rows of "train" or "validation" as the trainer takes them: input_ids, labels (-100 on the prompt), length, and
+    how many tokens are trained.
 
-    A row that does not fit max_length is dropped and counted, never cut: a cut answer teaches to stop in
-    mid-sentence. limit: use so many rows (None: all). Raises: SystemExit(2) when more than max_drop_fraction
-    goes.
+    A row that does not fit max_length is dropped and counted, never cut: a cut answer teaches to stop in mid-sentence.
+    limit: use so many rows (None: all). Raises: SystemExit(2) when more than max_drop_fraction goes.
     """
     rows = files.load_split(data_dir, "train" if part == "train" else "eval")
     if part != "train":
@@ -360,22 +320,14 @@ def token_rows(
     def encode(row: dict) -> dict:
         context, answer = files.encode(tokenizer, row["prompt"], row["completion"])
         ids = context + answer
-        return {
-            "input_ids": ids,
-            "labels": [-100] * len(context) + answer,
-            "length": len(ids),
-            "trained": len(answer),
-        }
+        return {"input_ids": ids, "labels": [-100] * len(context) + answer, "length": len(ids), "trained": len(answer)}
 
     # keep_in_memory: the ids depend on a template that the cache's fingerprint would not see
     encoded = rows.map(encode, remove_columns=rows.column_names, keep_in_memory=True, desc="tokenising")
     fitting = encoded.filter(lambda n: n <= max_length, input_columns="length", keep_in_memory=True)
     dropped = len(encoded) - len(fitting)
     if dropped:
-        files.say(
-            f"rows: {dropped} of {len(encoded)} are longer than MAX_LENGTH={max_length} tokens and are "
-            f"left out"
-        )
+        files.say(f"rows: {dropped} of {len(encoded)} are longer than MAX_LENGTH={max_length} tokens and are left out")
     if dropped > max_drop_fraction * len(encoded) or not len(fitting):
         fail(
             f"{dropped} of {len(encoded)} rows are longer than MAX_LENGTH={max_length} tokens, more than "
@@ -401,17 +353,15 @@ SAME_RUN = (
 def resume_point(output_dir: str, resume: bool | str, settings: dict, manifest_sha256: str) -> str | None:
     """The checkpoint to go on from, or None for a fresh start (which removes what an older run left behind).
 
-    resume: True goes on or ends with exit code 2; False starts afresh; "auto" goes on where an unfinished run
-    with the same settings and data lies. A checkpoint that was cut off while it was written is not used.
+    resume: True goes on or ends with exit code 2; False starts afresh; "auto" goes on where an unfinished run with the
+    same settings and data lies. A checkpoint that was cut off while it was written is not used.
     """
     folder = Path(output_dir)
     complete, broken = [], []
     for path in folder.glob("checkpoint-*"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             # the Trainer writes this file last
-            complete.append(
-                (json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path)
-            )
+            complete.append((json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path))
             continue
         broken.append(path)
     last = max(complete)[1] if complete else None
@@ -436,9 +386,7 @@ def resume_point(output_dir: str, resume: bool | str, settings: dict, manifest_s
         else:
             why = ""
     if resume is True and why:
-        fail(
-            f"RESUME is true, but {output_dir} cannot be continued: {why}; start afresh with: --resume false"
-        )
+        fail(f"RESUME is true, but {output_dir} cannot be continued: {why}; start afresh with: --resume false")
     if resume is not False and not why:
         files.say(f"resuming from {last}")
         return str(last)
@@ -469,21 +417,14 @@ def peak_memory() -> int:
 
 
 class RunLog(TrainerCallback, ExportableState):
-    """Renews training_log.json at every logging step, ends the run well on Ctrl-C or SIGTERM, stops it at a
-    NaN, says when it overfits, and shows sample answers.
+    """Renews training_log.json at every logging step, ends the run well on Ctrl-C or SIGTERM, stops it at a NaN, says
+    when it overfits, and shows sample answers.
 
     What must go on across a resume (time, peak memory) travels in the checkpoint's trainer_state.json.
     """
 
     def __init__(
-        self,
-        method: str,
-        settings: dict,
-        plan: Plan,
-        manifest: dict,
-        rows: dict,
-        config,
-        resumed_from: str | None,
+        self, method: str, settings: dict, plan: Plan, manifest: dict, rows: dict, config, resumed_from: str | None
     ):
         """rows: {"train_rows": n, "eval_rows": n}; config: the model's; resumed_from: a checkpoint or
         None."""
@@ -502,9 +443,7 @@ class RunLog(TrainerCallback, ExportableState):
         self.model_parameters = parameter_count(config)
         self.seconds, self.peak, self.began = 0.0, 0, None
         self.signal: int | None = None
-        self.prompts: list[
-            tuple[list[int], list[int]]
-        ] = []  # (prompt, answer) whose answers TensorBoard shows
+        self.prompts: list[tuple[list[int], list[int]]] = []  # (prompt, answer) whose answers TensorBoard shows
 
     def state(self) -> dict:
         """What a checkpoint keeps of this callback (transformers' ExportableState)."""
@@ -536,8 +475,7 @@ class RunLog(TrainerCallback, ExportableState):
             os.kill(os.getpid(), number)
         self.signal = number
         files.say(
-            f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint (again: "
-            f"stop at once)"
+            f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint (again: stop at once)"
         )
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -550,9 +488,7 @@ class RunLog(TrainerCallback, ExportableState):
             left = np.mean(self.step_times[1:]) * (state.max_steps - state.global_step)
             files.say(f"\nabout {left / 60:.0f} min left, evaluations apart (measured on steps 2 to 5)")
         stop = self.signal is not None
-        if (
-            args.world_size > 1
-        ):  # all processes must stop at the same step, or they wait for one another for ever
+        if args.world_size > 1:  # all processes must stop at the same step, or they wait for one another for ever
             flag = torch.tensor(float(stop), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             stop = bool(flag.item())
@@ -567,15 +503,14 @@ class RunLog(TrainerCallback, ExportableState):
                 self.write(state, "failed")
                 kept = state.best_model_checkpoint or "none was saved"
                 raise FloatingPointError(
-                    f"{key} is {logs[key]} at step {state.global_step}; last good checkpoint: {kept}; "
-                    "try a lower LEARNING_RATE or PRECISION fp32"
+                    f"{key} is {logs[key]} at step {state.global_step}; last good checkpoint: {kept}; try a lower "
+                    "LEARNING_RATE or PRECISION fp32"
                 )
         if (logs or {}).get("loss") == 0.0:
             self.write(state, "failed")
             kept = state.best_model_checkpoint or "none was saved"
             raise FloatingPointError(
-                f"loss is 0 at step {state.global_step}, so nothing is learned: are the answers all alike? "
-                f"last good "
+                f"loss is 0 at step {state.global_step}, so nothing is learned: are the answers all alike? last good "
                 f"checkpoint: {kept}"
             )
         if "eval_loss" in (logs or {}) and (note := overfitting(state.log_history)):
@@ -643,8 +578,7 @@ def indent(text: str) -> str:
 
 
 def overfitting(history: list[dict]) -> str | None:
-    """A sentence where eval_loss rose in the last two evaluations while the training loss fell; None
-    elsewhere."""
+    """A sentence where eval_loss rose in the last two evaluations while the training loss fell; None elsewhere."""
     evals = [(n, record) for n, record in enumerate(history) if "eval_loss" in record]
     if len(evals) < 3:
         return None
@@ -658,8 +592,7 @@ def overfitting(history: list[dict]) -> str | None:
     return (
         f"overfitting since epoch {best['epoch']:.2f}: eval_loss rose from {best['eval_loss']:.4f} to "
         f"{third['eval_loss']:.4f} while the training loss fell from {before[0]:.4f} to {after[0]:.4f}; the "
-        f"checkpoint "
-        f"with the lowest eval_loss is kept; fewer epochs or a lower learning rate would do"
+        "checkpoint with the lowest eval_loss is kept; fewer epochs or a lower learning rate would do"
     )
 
 
@@ -672,14 +605,11 @@ def finish(trainer: ExactTrainer, log: RunLog) -> None:
     draw_curves(history, Path(settings["OUTPUT_DIR"]) / "training_curves.png")
     if "tensorboard" in trainer.args.report_to:
         shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-        losses = {
-            f"hparam/{k}": r[k] for r in history for k in ("loss", "eval_loss") if isinstance(r.get(k), float)
-        }
+        losses = {f"hparam/{k}": r[k] for r in history for k in ("loss", "eval_loss") if isinstance(r.get(k), float)}
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        # the Trainer's callback writes the settings as a text only; add_hparams would open a folder of its
-        # own
+        # the Trainer's callback writes the settings as a text only; add_hparams would open a folder of its own
         with SummaryWriter(os.environ["TENSORBOARD_LOGGING_DIR"]) as writer:
             for summary in hparams(shown, losses):
                 writer.file_writer.add_summary(summary)
@@ -714,8 +644,7 @@ def draw_curves(history: list[dict], path: Path) -> None:
 
 
 def preflight(rows: Dataset, validation: Dataset, tokenizer, c, plan: Plan) -> None:
-    """Show one row as the model will see it, and what the run will do. Ends with exit code 2 where that is
-    nothing.
+    """Show one row as the model will see it, and what the run will do. Ends with exit code 2 where that is nothing.
 
     rows, validation: with input_ids and labels. The trained tokens stand between the brackets.
     """
@@ -727,16 +656,15 @@ def preflight(rows: Dataset, validation: Dataset, tokenizer, c, plan: Plan) -> N
     step = plan.batch_size * plan.accumulation * processes
     if step > len(rows):
         fail(
-            f"one optimizer step takes {plan.batch_size} x {plan.accumulation} x {processes} = {step} rows, "
-            f"and there are {len(rows)}; take fewer: --batch_size 1 --gradient_accumulation_steps "
-            f"{max(len(rows) // 4, 1)}"
+            f"one optimizer step takes {plan.batch_size} x {plan.accumulation} x {processes} = {step} rows, and there "
+            f"are {len(rows)}; take fewer: --batch_size 1 --gradient_accumulation_steps {max(len(rows) // 4, 1)}"
         )
     steps = c.MAX_STEPS or math.ceil(math.ceil(len(rows) / step) * c.NUM_EPOCHS)
     warmup = math.ceil(steps * c.WARMUP_RATIO)
     if c.WARMUP_RATIO and warmup >= steps:
         fail(
-            f"the run has {steps} step{'s' * (steps > 1)}, and WARMUP_RATIO={c.WARMUP_RATIO} makes {warmup} "
-            f"of them warm-up: the learning rate would never be reached; train longer, or --warmup_ratio 0"
+            f"the run has {steps} step{'s' * (steps > 1)}, and WARMUP_RATIO={c.WARMUP_RATIO} makes {warmup} of them "
+            "warm-up: the learning rate would never be reached; train longer, or --warmup_ratio 0"
         )
     lengths, trained = np.array(rows["length"]), sum(rows["trained"])
     order = np.array(list(LengthGroupedSampler(lengths, step, c.SEED, lambda: 0)))
@@ -745,9 +673,8 @@ def preflight(rows: Dataset, validation: Dataset, tokenizer, c, plan: Plan) -> N
         for part in (lengths[order[i : i + plan.batch_size]] for i in range(0, len(order), plan.batch_size))
     )
     files.say(
-        f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, "
-        f"{1 - lengths.sum() / padded:.1%} padding; {len(validation)} rows to validate; "
-        f"{steps} steps of {step} rows, {warmup} of them warm-up"
+        f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, {1 - lengths.sum() / padded:.1%} "
+        f"padding; {len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} of them warm-up"
     )
 
 
@@ -778,19 +705,16 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
         log.write(trainer.state, "failed")
         size = trainer.args.per_device_train_batch_size
         fail(
-            f"the memory is full at {trainer.portion or size} rows a pass ({str(error).split('. ')[0]}); "
-            f"halve BATCH_SIZE and "
-            f"double "
-            f"GRADIENT_ACCUMULATION_STEPS: --batch_size {max(size // 2, 1)} --gradient_accumulation_steps "
-            f"{trainer.args.gradient_accumulation_steps * 2}; or use shorter rows (MAX_LENGTH), or LoRA "
-            f"with USE_4BIT"
+            f"the memory is full at {trainer.portion or size} rows a pass ({str(error).split('. ')[0]}); halve "
+            f"BATCH_SIZE and double GRADIENT_ACCUMULATION_STEPS: --batch_size {max(size // 2, 1)} "
+            f"--gradient_accumulation_steps {trainer.args.gradient_accumulation_steps * 2}; or use shorter rows "
+            "(MAX_LENGTH), or LoRA with USE_4BIT"
         )
     if log.signal is not None:
         log.write(trainer.state, "interrupted")
         saved = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
         files.say(
-            f"interrupted at step {trainer.state.global_step}; saved {saved}; the same command goes on "
-            f"from there"
+            f"interrupted at step {trainer.state.global_step}; saved {saved}; the same command goes on from there"
         )
         sys.stdout.flush()
         # a plain exit would wait for the other processes; they leave the same way
@@ -801,11 +725,10 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
 
 
 def save_final(trainer: ExactTrainer, folder: str, dtype: torch.dtype | None, log: RunLog) -> None:
-    """Write the model, its tokenizer with the chat template, and a model card; nothing pickled; all or
-    nothing.
+    """Write the model, its tokenizer with the chat template, and a model card; nothing pickled; all or nothing.
 
-    dtype: of the saved weights (full model: the source's), or None to save them as they are (an adapter).
-    Collective: call it in every process.
+    dtype: of the saved weights (full model: the source's), or None to save them as they are (an adapter). Collective:
+    call it in every process.
     """
     name = log.head["model_name"]
     staged = Path(folder).with_name(f".{Path(folder).name}-new")
@@ -823,9 +746,7 @@ def save_final(trainer: ExactTrainer, folder: str, dtype: torch.dtype | None, lo
             cast_folder(staged, dtype)
         files.write_text(staged / "README.md", model_card(log, trainer.state, Path(folder)))
         files.put_folder(staged, Path(folder))
-        shutil.rmtree(
-            Path(folder).with_name("merged_model"), ignore_errors=True
-        )  # of the adapter before this one
+        shutil.rmtree(Path(folder).with_name("merged_model"), ignore_errors=True)  # of the adapter before this one
 
 
 def nll_per_token(model, rows: Dataset) -> float:
@@ -846,9 +767,8 @@ def merge_adapter(trainer: ExactTrainer, c, rows: Dataset, log: RunLog) -> None:
     """Write merged_model beside the adapter: the 16-bit base with the adapter added, for servers that know
     no PEFT.
 
-    Never the 4-bit base: its rounded weights plus the adapter would be rounded again. The nll before and
-    after stands in training_log.json: over 4 bits the adapter has also learned to mend the rounding, so the
-    two differ a little.
+    Never the 4-bit base: its rounded weights plus the adapter would be rounded again. The nll before and after stands
+    in training_log.json: over 4 bits the adapter has also learned to mend the rounding, so the two differ a little.
     """
     if not trainer.is_world_process_zero():
         return
@@ -873,15 +793,10 @@ def merge_adapter(trainer: ExactTrainer, c, rows: Dataset, log: RunLog) -> None:
 
 
 def model_card(log: RunLog, state, folder: Path, merged: bool = False) -> str:
-    """A model card: where the model comes from, what it was trained on and how, what came out, how to load
-    it."""
+    """A model card: where the model comes from, what it was trained on and how, what came out, how to load it."""
     name, settings, rows = log.head["model_name"], log.head["settings"], log.head["data"]
     base = Path(name).name if files.local_path(name) else name
-    source = (
-        Path(log.manifest["source"]).name
-        if files.local_path(log.manifest["source"])
-        else log.manifest["source"]
-    )
+    source = Path(log.manifest["source"]).name if files.local_path(log.manifest["source"]) else log.manifest["source"]
     lora = log.head["method"] == "lora"
     load = "AutoPeftModelForCausalLM" if lora and not merged else "AutoModelForCausalLM"
     library = "peft" if lora and not merged else "transformers"
@@ -921,8 +836,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0][inputs["i
 
 
 def cast_folder(folder: Path, dtype: torch.dtype) -> None:
-    """Rewrite the float tensors of a saved model in another dtype, file by file, and say so in its
-    config.json."""
+    """Rewrite the float tensors of a saved model in another dtype, file by file, and say so in its config.json."""
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

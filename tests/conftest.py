@@ -32,9 +32,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-def run(
-    *command: object, cwd: Path, env: dict | None = None, timeout: float = 300
-) -> subprocess.CompletedProcess:
+def run(*command: object, cwd: Path, env: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run a script of the project (by name) or a python command line in `cwd`, as a user would."""
     words = [str(word) for word in command]
     if words[0].endswith(".py") and not os.path.isabs(words[0]):
@@ -52,17 +50,13 @@ def run(
 
 def ok(result: subprocess.CompletedProcess) -> str:
     """The output of a run that must have succeeded."""
-    assert result.returncode == 0, (
-        f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    )
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     return result.stdout
 
 
 def refused(result: subprocess.CompletedProcess, *said: str) -> list[str]:
     """The `error:` lines of a run that must have ended as the user's mistake: exit code 2, no traceback."""
-    assert result.returncode == 2, (
-        f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    )
+    assert result.returncode == 2, f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     for words in said:
@@ -86,8 +80,8 @@ def write_rows(path: Path, rows: list) -> Path:
 
 # Flags that make a training of the tiny model short and exact on any CPU.
 SHORT = (
-    "--precision fp32 --gradient_checkpointing false --logging_steps 1 --eval_steps 2 --save_steps 2 "
-    "--batch_size 2 --gradient_accumulation_steps 2 --max_steps 4 --warmup_ratio 0.1"
+    "--precision fp32 --gradient_checkpointing false --logging_steps 1 --eval_steps 2 --save_steps 2 --batch_size 2 "
+    "--gradient_accumulation_steps 2 --max_steps 4 --warmup_ratio 0.1"
 ).split()
 
 

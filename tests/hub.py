@@ -23,9 +23,7 @@ from urllib.parse import parse_qs, unquote
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".gz", ".zip")
 DATE = "2024-01-01T00:00:00.000Z"
 
-RESOLVE = re.compile(
-    r"/(?P<kind>datasets/)?(?P<name>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
-)
+RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<name>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+(?:/[^/]+)??)"
     r"(?:/(?P<call>revision|tree|paths-info|refs|auth-check)(?:/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?)?"
@@ -95,18 +93,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_CONNECT = _handle
 
-    def _answer(
-        self, target: str, query: dict[str, list[str]], body: bytes
-    ) -> tuple[int, bytes, dict[str, str]]:
+    def _answer(self, target: str, query: dict[str, list[str]], body: bytes) -> tuple[int, bytes, dict[str, str]]:
         if not target.startswith("/"):
             # Sent to us as to a proxy, hence meant for another host.
             raise _Refusal(403, f"{target} is not on the loopback hub")
         if target == "/api/whoami-v2":
             raise _Refusal(401, "Invalid credentials in Authorization header")
         api = API.fullmatch(target)
-        reads = self.command in ("GET", "HEAD") or (
-            self.command == "POST" and api and api["call"] == "paths-info"
-        )
+        reads = self.command in ("GET", "HEAD") or (self.command == "POST" and api and api["call"] == "paths-info")
         if not reads:
             raise _Refusal(403, "the loopback hub is read-only")
         if api:
@@ -148,8 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "likes": 0,
                 "tags": [],
                 "siblings": [
-                    {"rfilename": path, "size": len(file.data), "blobId": file.oid}
-                    for path, file in files.items()
+                    {"rfilename": path, "size": len(file.data), "blobId": file.oid} for path, file in files.items()
                 ],
             }
         if call == "refs":
@@ -162,9 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         entries = _tree(files)
         if call == "paths-info":
             expand = form.get("expand") == ["true"]
-            return [
-                _expanded(entries[name], commit, expand) for name in form.get("paths", []) if name in entries
-            ]
+            return [_expanded(entries[name], commit, expand) for name in form.get("paths", []) if name in entries]
         # What is left is "tree": the entries below a folder, or all of them for an empty path.
         prefix = path.rstrip("/") + "/" if path else ""
         if prefix and not any(name.startswith(prefix) for name in files):
@@ -206,9 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _gated(repo: _Repo) -> _Refusal:
-    return _Refusal(
-        403, f"Access to {repo.name} is restricted and you are not in the authorized list.", "GatedRepo"
-    )
+    return _Refusal(403, f"Access to {repo.name} is restricted and you are not in the authorized list.", "GatedRepo")
 
 
 def _tree(files: dict[str, _File]) -> dict[str, dict]:
@@ -249,8 +238,8 @@ class _Server(ThreadingHTTPServer):
 class Hub:
     """A Hub at `url`, from construction until close(); a context manager.
 
-    `requests` lists what was asked, oldest first, as "METHOD /path" without the query. A request that was
-    meant for another host and that the proxy settings of env() brought here stands there as
+    `requests` lists what was asked, oldest first, as "METHOD /path" without the query. A request that was meant for
+    another host and that the proxy settings of env() brought here stands there as
     "METHOD http://host/path" or "CONNECT host:443"; see strays.
     """
 
@@ -281,19 +270,15 @@ class Hub:
     def add_model(self, name: str, folder: Path, gated: bool = False) -> str:
         """Serve the files of `folder`, read now into memory, as the model `name`; return the commit id.
 
-        Hidden files and folders are left out. A name that is already served gets a new commit on main, and
-        its older commits stay reachable by their ids. Raises ValueError when the folder holds no file.
+        Hidden files and folders are left out. A name that is already served gets a new commit on main, and its older
+        commits stay reachable by their ids. Raises ValueError when the folder holds no file.
         """
         folder = Path(folder)
         paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
         visible = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-        return self._add(
-            "models", name, {path.as_posix(): (folder / path).read_bytes() for path in visible}, gated
-        )
+        return self._add("models", name, {path.as_posix(): (folder / path).read_bytes() for path in visible}, gated)
 
-    def add_dataset(
-        self, name: str, files: dict[str, bytes], gated: bool = False, branch: str = "main"
-    ) -> str:
+    def add_dataset(self, name: str, files: dict[str, bytes], gated: bool = False, branch: str = "main") -> str:
         """Serve `files` (path inside the repository -> content) as the data set `name`; return the commit id.
 
         A second call with the same name is a new commit, as in add_model. branch: where the commit goes, e.g.
@@ -320,10 +305,10 @@ class Hub:
     def env(self, home: Path) -> dict[str, str]:
         """The environment for a subprocess that is to see this Hub, and no other host.
 
-        It is os.environ without any HF_*, HUGGING* or TRANSFORMERS_* setting (tokens, caches, offline modes),
-        with HF_HOME=`home`. Proxies point at this server: datasets asks the host "datasets-server.127.0.0.1"
-        (made from HF_ENDPOINT), which would be looked up in the DNS; now the request comes here, is refused,
-        and is seen in `strays`. So is every other attempt, over http or https, to reach a host by name.
+        It is os.environ without any HF_*, HUGGING* or TRANSFORMERS_* setting (tokens, caches, offline modes), with
+        HF_HOME=`home`. Proxies point at this server: datasets asks the host "datasets-server.127.0.0.1" (made from
+        HF_ENDPOINT), which would be looked up in the DNS; now the request comes here, is refused, and is seen in
+        `strays`. So is every other attempt, over http or https, to reach a host by name.
         """
         dropped = re.compile(r"(HF_|HUGGING|TRANSFORMERS_|(HTTPS?|ALL|NO)_PROXY$)", re.IGNORECASE)
         env = {key: value for key, value in os.environ.items() if not dropped.match(key)}
@@ -351,12 +336,12 @@ def tiny_phi(
 ) -> Path:
     """Save a tiny causal LM with random weights, and its tokenizer, into `folder`; return the folder.
 
-    As phi-2 has it: PhiForCausalLM, float16 safetensors, a head with a (non-zero) bias, 2048 positions, more
-    rows in the embedding ([vocab, hidden]) than the tokenizer has tokens, a byte-level BPE whose last token
-    <|endoftext|> is bos, eos and unk at once, no pad token, no chat template. With tied=True the model is a
-    LlamaForCausalLM whose head is the embedding (tie_word_embeddings) and has no bias; the tokenizer stays.
-    `hidden` must be a multiple of 16 (four heads, of which phi rotates half) and `vocab` at least 280, else
-    ValueError. The caller's random state is left as it was.
+    As phi-2 has it: PhiForCausalLM, float16 safetensors, a head with a (non-zero) bias, 2048 positions, more rows in
+    the embedding ([vocab, hidden]) than the tokenizer has tokens, a byte-level BPE whose last token <|endoftext|> is
+    bos, eos and unk at once, no pad token, no chat template. With tied=True the model is a LlamaForCausalLM whose head
+    is the embedding (tie_word_embeddings) and has no bias; the tokenizer stays. `hidden` must be a multiple of 16
+    (four heads, of which phi rotates half) and `vocab` at least 280, else ValueError. The caller's random state is
+    left as it was.
     """
     import torch
     from tokenizers import ByteLevelBPETokenizer
@@ -411,8 +396,8 @@ _PRODUCTS = {
 _QUESTIONS = (
     (
         "Should I put ${amount} into {product} for {years} years?",
-        "It can fit. {Product} is meant for {purpose}. Keep a reserve first, and put in ${amount} only if "
-        "you can leave it for {years} years.",
+        "It can fit. {Product} is meant for {purpose}. Keep a reserve first, and put in ${amount} only if you "
+        "can leave it for {years} years.",
     ),
     (
         "How much would ${amount} in {product} be worth after {years} years at {rate}% simple interest?",
@@ -421,39 +406,37 @@ _QUESTIONS = (
     ),
     (
         "What is the main risk of holding ${amount} in {product} over {years} years?",
-        "Inflation and changing prices. {Product} suits {purpose}, yet ${amount} may buy less "
-        "after {years} years.",
+        "Inflation and changing prices. {Product} suits {purpose}, yet ${amount} may buy less after {years} years.",
     ),
     (
         "I want to save ${amount} in {years} years using {product}. How much is that per month?",
-        "Divide the goal by the months: ${amount} over {months} months is about ${monthly:.2f} a month, "
-        "before any return that {product} may add.",
+        "Divide the goal by the months: ${amount} over {months} months is about ${monthly:.2f} a month, before "
+        "any return that {product} may add.",
     ),
     (
         "Explain to a beginner why someone holds ${amount} of {product} for {years} years.",
-        "Because {product} is meant for {purpose}. With ${amount} and {years} years, time matters "
-        "more than timing.",
+        "Because {product} is meant for {purpose}. With ${amount} and {years} years, time matters more than timing.",
     ),
     (
         "Is ${amount} too much to keep in {product} if I retire in {years} years?",
         "That depends on your other assets. {Product} is for {purpose}; with {years} years left, many people "
-        "keep no more than a third of their wealth in one place, so ${amount} is fine if you own three times "
-        "as much.",
+        "keep no more than a third of their wealth in one place, so ${amount} is fine if you own three times as "
+        "much.",
     ),
 )
 _INPUTS = ("I am risk averse.", "My income is $4,000 a month.", "I have no debts.", "I pay tax at 25%.")
 _ALPACA = (
-    "Below is an instruction that describes a task{with_input}. "
-    "Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the "
+    "request."
 )
 
 
 def finance_rows(n: int, seed: int = 0) -> list[dict]:
     """`n` made-up rows with finance-alpaca's columns: instruction, input, output, text (all strings).
 
-    No instruction occurs twice. About one row in five has an input, and about half have a `text`: the row in
-    the classic Alpaca rendering (the others have ""). The same n and seed give the same rows. Raises
-    ValueError for more rows than there are combinations.
+    No instruction occurs twice. About one row in five has an input, and about half have a `text`: the row in the
+    classic Alpaca rendering (the others have ""). The same n and seed give the same rows. Raises ValueError for more
+    rows than there are combinations.
     """
     rng = random.Random(seed)
     products, amounts, years = list(_PRODUCTS), range(500, 50_500, 500), range(2, 32)
@@ -483,9 +466,7 @@ def finance_rows(n: int, seed: int = 0) -> list[dict]:
         context = rng.choice(_INPUTS) if rng.random() < 0.2 else ""
         text = ""
         if rng.random() < 0.5:
-            head = _ALPACA.format(
-                with_input=", paired with an input that provides further context" if context else ""
-            )
+            head = _ALPACA.format(with_input=", paired with an input that provides further context" if context else "")
             given = f"### Input:\n{context}\n\n" if context else ""
             text = f"{head}\n\n### Instruction:\n{instruction}\n\n{given}### Response:\n{output}"
         rows.append({"instruction": instruction, "input": context, "output": output, "text": text})

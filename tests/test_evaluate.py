@@ -186,10 +186,7 @@ def test_an_answer_ends_at_any_end_and_is_cut_at_the_cap(script, talker, tokeniz
 
     for ends in ([eos, tokens[at]], [tokens[at], eos], [tokens[at]]):
         assert said(ends, 12) == {"answer": text(at), "stopped": True}
-    assert said([eos, tokens[at]], at + 1) == {
-        "answer": text(at),
-        "stopped": True,
-    }  # the cap's last token ends it
+    assert said([eos, tokens[at]], at + 1) == {"answer": text(at), "stopped": True}  # the cap's last token ends it
     assert said([eos, tokens[at]], at) == {"answer": text(at), "stopped": False}
     assert said([eos], 5) == {"answer": text(5), "stopped": False}
     assert said([tokens[0]], 12) == {"answer": "", "stopped": True}
@@ -210,9 +207,7 @@ def test_rouge_and_chrf_are_the_libraries_on_english(script):
     from sacrebleu import sentence_chrf
 
     texts, references = map(list, zip(*ENGLISH, strict=True))
-    texts[0] = texts[0].replace(
-        "don't", "do not"
-    )  # the library's own tokenizer splits at the apostrophe, ours too
+    texts[0] = texts[0].replace("don't", "do not")  # the library's own tokenizer splits at the apostrophe, ours too
     got = script.AnswerQuality().compute(predictions=texts, references=references)
     rouge = rouge_scorer.RougeScorer(["rougeL"])
     for n, (text, reference) in enumerate(zip(texts, references, strict=True)):
@@ -242,9 +237,7 @@ def test_chinese_is_compared_by_characters(script):
 def test_chinese_sentences_end_without_a_space(script):
     one, two = "基金分散风险,债券降低波动,现金随时可用。", "基金分散风险。债券降低波动。现金随时可用。"
     assert script.style_match(one, two) < 0.9
-    assert script.style_match("Is 3.5 % much?", "Is 3 5 % much?") == pytest.approx(
-        1
-    )  # not the end of a sentence
+    assert script.style_match("Is 3.5 % much?", "Is 3 5 % much?") == pytest.approx(1)  # not the end of a sentence
 
 
 TEXTS = [
@@ -380,11 +373,7 @@ def test_p_is_never_below_that_of_all_sign_flips(script):
 
 def test_what_is_no_number_or_a_single_group_is_not_compared(script):
     one, values = np.ones(20), np.arange(20.0)
-    for a, groups in (
-        (values, ["x"] * 20),
-        (values * math.nan, range(20)),
-        (np.full(20, math.inf), range(20)),
-    ):
+    for a, groups in ((values, ["x"] * 20), (values * math.nan, range(20)), (np.full(20, math.inf), range(20))):
         with pytest.raises(ValueError):
             script.compare(a, np.zeros(20), one, list(groups), 2000, 1)
 
@@ -680,11 +669,7 @@ def test_the_base_in_the_precision_of_lora_stands_beside_it(results, records, ti
     assert beside["prompt"] == base["prompt"] and set(beside["perplexity_by_prompt"]) == {base["prompt"]}
     assert len({beside["nll_per_token"], base["nll_per_token"], lora["nll_per_token"]}) == 3
     cost, gain = (
-        next(
-            c["difference"]
-            for c in results["comparisons"]
-            if (c["metric"], c["a"], c["b"]) == ("nll_per_token", *p)
-        )
+        next(c["difference"] for c in results["comparisons"] if (c["metric"], c["a"], c["b"]) == ("nll_per_token", *p))
         for p in PAIRS_4BIT
     )
     assert cost + gain == pytest.approx(lora["nll_per_token"] - base["nll_per_token"])
@@ -732,14 +717,10 @@ def test_the_examples_add_up_to_the_results(script, results, records):
         texts, references = [r["answer"] for r in asked], [r["reference"] for r in asked]
         quality = script.AnswerQuality().compute(predictions=texts, references=references)["rows"]
         style = [script.style_match(*pair) for pair in zip(texts, references, strict=True)]
-        useful = [
-            script.helpfulness_proxy(r["prompt"][-1]["content"], r["answer"], r["stopped"]) for r in asked
-        ]
+        useful = [script.helpfulness_proxy(r["prompt"][-1]["content"], r["answer"], r["stopped"]) for r in asked]
         for key, values in (("answer_quality", quality), ("style_match", style), ("helpfulness", useful)):
             assert model[key] == pytest.approx(np.mean(values)), key
-    assert results["models"]["full"]["answer_quality"] > 0, (
-        "no model said anything: the example shows nothing"
-    )
+    assert results["models"]["full"]["answer_quality"] > 0, "no model said anything: the example shows nothing"
 
 
 def test_what_was_scored_is_the_reference_without_its_end(evaluated, results, records, tiny, tokenizer):
@@ -757,9 +738,7 @@ def test_what_was_scored_is_the_reference_without_its_end(evaluated, results, re
         context = tokenizer.decode(row["context_ids"])
         models = results["models"] | {"base_4bit": results["models"]["base"]}
         if models[row["model"]]["prompt"] == "chat":
-            wanted = full.apply_chat_template(
-                test[row["id"]]["prompt"], tokenize=False, add_generation_prompt=True
-            )
+            wanted = full.apply_chat_template(test[row["id"]]["prompt"], tokenize=False, add_generation_prompt=True)
             assert context == wanted
         else:
             assert row["model"].startswith("base") and context == f"Question: {question}\n\nAnswer:\n"
@@ -769,9 +748,7 @@ def test_what_was_scored_is_the_reference_without_its_end(evaluated, results, re
 def test_the_nll_is_that_of_the_saved_model(evaluated, records, tiny, name):
     model = load(tiny if name == "base" else evaluated[0] / "outputs/full_model/final_model")
     for row in of(records, name, "nll")[:6]:
-        assert row["nll"] == pytest.approx(
-            plain_nll(model, row["context_ids"], row["continuation_ids"]), rel=1e-5
-        )
+        assert row["nll"] == pytest.approx(plain_nll(model, row["context_ids"], row["continuation_ids"]), rel=1e-5)
 
 
 def test_forgetting_is_measured_on_the_general_text(results, phi, tokenizer):
@@ -839,12 +816,8 @@ def test_the_report_and_the_table_show_the_results(evaluated, results, script):
     page = Page((folder / "outputs/evaluation_report.html").read_text("utf-8"))
     rows = {row[0]: row[1:] for row in page.rows}
     models = results["models"].values()
-    assert rows["perplexity of the answers (lower is better)"][:3] == [
-        f"{m['perplexity']:.2f}" for m in models
-    ]
-    assert rows["bits per byte on general text"][:3] == [
-        f"{m['forgetting']['bits_per_byte']:.3f}" for m in models
-    ]
+    assert rows["perplexity of the answers (lower is better)"][:3] == [f"{m['perplexity']:.2f}" for m in models]
+    assert rows["bits per byte on general text"][:3] == [f"{m['forgetting']['bits_per_byte']:.3f}" for m in models]
     words = script.load_words("en")
     assert results["verdict"] == script.verdict(results, words)
     assert results["verdict"] in printed and results["verdict"] in page.text
@@ -907,8 +880,7 @@ def report(script, results: dict, folder: Path, texts: list[str], name: str) -> 
         "between_models": [],
     }
     examples = [
-        {"prompt": f"Q: {text}", "reference": text, "base": text, "lora": text, "full": text}
-        for text in texts
+        {"prompt": f"Q: {text}", "reference": text, "base": text, "lora": text, "full": text} for text in texts
     ]
     (folder / "plots").mkdir(parents=True)
     images = ["perplexity.png", "loss_curves.png"]
@@ -924,9 +896,7 @@ def test_hostile_text_cannot_leave_its_place(script, results, tmp_path):
     text, page = report(script, results, tmp_path / "hostile", HOSTILE, "word")
     assert page.tags == plain.tags  # not one element or attribute more, and none elsewhere
     assert [len(row) for row in page.rows] == [len(row) for row in plain.rows]
-    assert {tag for tag, _ in page.tags}.isdisjoint(
-        {"script", "a", "iframe", "h3", "blockquote", "pre", "del"}
-    )
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "a", "iframe", "h3", "blockquote", "pre", "del"})
     assert len(page.links) == 2
     heads = [n for n, row in enumerate(page.rows) if row == ["reference", "base", "lora", "full"]]
     assert len(heads) == len(HOSTILE)
@@ -992,9 +962,7 @@ def call(script, trained, tiny, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("missing, left", [("lora", "full"), ("full", "lora")])
 def test_what_was_not_trained_is_named_and_the_rest_compared(call, missing, left):
-    final = {"lora": "outputs/lora_model/final_lora_adapter", "full": "outputs/full_model/final_model"}[
-        missing
-    ]
+    final = {"lora": "outputs/lora_model/final_lora_adapter", "full": "outputs/full_model/final_model"}[missing]
     shutil.rmtree(call.folder / final)
     code, _, out = call()
     assert code == 0
@@ -1079,10 +1047,7 @@ def spoil(path: Path, change) -> None:
         (lambda log: log.update(settings=None), "settings.WARMUP_RATIO is missing"),
         (lambda log: log["summary"].update(steps=None), "summary.steps is None"),
         (lambda log: log["data"].pop("manifest_sha256") and None, "data.manifest_sha256 is missing"),
-        (
-            lambda log: log["summary"].pop("peak_memory_bytes") and None,
-            "summary.peak_memory_bytes is missing",
-        ),
+        (lambda log: log["summary"].pop("peak_memory_bytes") and None, "summary.peak_memory_bytes is missing"),
         (lambda log: log.update(history=None), "history is None"),
         (lambda log: log.update(model_name=5), "model_name is 5"),
     ],
@@ -1159,17 +1124,12 @@ def test_changed_test_rows_are_refused(call):
     edited = [row | {"completion": [{"role": "assistant", "content": "hello"}]} for row in rows]
     put(Dataset.from_list(edited), "was changed after step 1")
     put(Dataset.from_list(rows[:4]), "is not what")
-    put(
-        Dataset.from_list([{k: v for k, v in row.items() if k != "part"} for row in rows]),
-        "has no column 'part'",
-    )
+    put(Dataset.from_list([{k: v for k, v in row.items() if k != "part"} for row in rows]), "has no column 'part'")
 
 
 def test_a_folder_without_the_weights_of_lora_is_no_adapter(call):
     final = call.folder / "outputs/lora_model/final_lora_adapter"
-    shutil.copy(
-        call.folder / "outputs/full_model/final_model/model.safetensors", final / "adapter_model.safetensors"
-    )
+    shutil.copy(call.folder / "outputs/full_model/final_model/model.safetensors", final / "adapter_model.safetensors")
     code, said, _ = call()
     assert code == 2 and "none of LoRA's" in said and "2_lora_finetuning.py" in said
 
@@ -1228,16 +1188,7 @@ def test_a_single_question_is_refused(call):
 def test_a_terminal_that_cannot_show_chinese_shows_something(trained, tiny, tmp_path):
     folder = work(trained, tmp_path)
     env = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "8"}
-    flags = [
-        "--model_name",
-        tiny,
-        "--max_new_tokens",
-        "2",
-        "--report_language",
-        "zh",
-        "--prompt",
-        "What is an ETF?",
-    ]
+    flags = ["--model_name", tiny, "--max_new_tokens", "2", "--report_language", "zh", "--prompt", "What is an ETF?"]
     out = ok(run(SCRIPTS[3], *flags, cwd=folder, env=env))
     assert "?" in out and len(out.splitlines()) > 3
 
@@ -1259,17 +1210,13 @@ def test_a_general_text_that_is_none_is_refused(call):
 
 
 def test_wrong_settings_are_shown_together(call):
-    code, said, _ = call(
-        MAX_NEW_TOKENS=0, BATCH_TOKENS=0, GENERATION_BATCH=-1, MAX_EVAL_SAMPLES=0, RESAMPLES=10
-    )
+    code, said, _ = call(MAX_NEW_TOKENS=0, BATCH_TOKENS=0, GENERATION_BATCH=-1, MAX_EVAL_SAMPLES=0, RESAMPLES=10)
     assert code == 2 and len(said.splitlines()) == 5
     for name in ("MAX_NEW_TOKENS", "BATCH_TOKENS", "GENERATION_BATCH", "MAX_EVAL_SAMPLES", "RESAMPLES"):
         assert f"{name} is " in said
     code, said, _ = call(PRECISION="fp8")
     assert code == 2 and "PRECISION" in said and "bf16" in said
-    code, said, _ = call(
-        TEMPERATURE=-1.0, REPORT_LANGUAGE="de", PROMPT=" ", EMBEDDING_MODEL="no/such/folder/x"
-    )
+    code, said, _ = call(TEMPERATURE=-1.0, REPORT_LANGUAGE="de", PROMPT=" ", EMBEDDING_MODEL="no/such/folder/x")
     assert code == 2 and len(said.splitlines()) == 4
     for name in ("TEMPERATURE", "REPORT_LANGUAGE", "PROMPT", "EMBEDDING_MODEL"):
         assert name in said

@@ -41,9 +41,7 @@ def hub(folder: Path) -> Iterator[Hub]:
 
 def run(code: str, env: dict[str, str], **more: str) -> dict:
     """Run `code` in a new interpreter and return its last line, which is JSON; its failure fails the test."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env | more, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=env | more, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -95,9 +93,7 @@ def test_model_loads_by_name_and_again_offline_without_the_server(hub: Hub, fold
     # What makes phi-2 awkward, and so what other tests want this model to have.
     assert weights["lm_head.bias"].dtype == "float16" and (weights["lm_head.bias"] != 0).all()
     assert got["eos"] == got["tokens"] - 1 < len(weights["lm_head.bias"]) - 1
-    assert any(
-        r.startswith(f"GET /{MODEL}/resolve/") and r.endswith("/model.safetensors") for r in hub.requests
-    )
+    assert any(r.startswith(f"GET /{MODEL}/resolve/") and r.endswith("/model.safetensors") for r in hub.requests)
     assert hub.strays == []
 
     env = hub.env(tmp_path)
@@ -273,13 +269,7 @@ def test_ranges(hub: Hub, folder: Path):
 
 
 def test_env_leaves_no_way_out(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in (
-        "HF_TOKEN",
-        "HF_HUB_OFFLINE",
-        "HF_HUB_CACHE",
-        "HUGGING_FACE_HUB_TOKEN",
-        "TRANSFORMERS_OFFLINE",
-    ):
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     env = hub.env(tmp_path)
     assert env["PATH"] == os.environ["PATH"]

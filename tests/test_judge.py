@@ -26,8 +26,8 @@ def script():
 
 
 class Server:
-    """An OpenAI-compatible server on loopback. behave(request, number of the request) returns the text of the
-    answer, or (status, headers, body), or raises to drop the connection; all requests are kept."""
+    """An OpenAI-compatible server on loopback. behave(request, number of the request) returns the text of the answer,
+    or (status, headers, body), or raises to drop the connection; all requests are kept."""
 
     def __init__(self, behave):
         self.requests, lock = [], threading.Lock()
@@ -100,11 +100,7 @@ def wise(body: dict, _: int = 0) -> str:
 
 
 PROMPTS = [
-    {
-        "id": f"{n}",
-        "prompt": [{"role": "user", "content": f"What is {n} ?"}],
-        "reference": f"It is {n} , {n} .",
-    }
+    {"id": f"{n}", "prompt": [{"role": "user", "content": f"What is {n} ?"}], "reference": f"It is {n} , {n} ."}
     for n in range(24)
 ]
 
@@ -135,9 +131,7 @@ def test_a_wise_judge_is_believed(script, tmp_path, monkeypatch):
     between = {(r["a"], r["b"]): r["win_rate"] for r in found["between_models"]}
     assert between == {("lora", "base"): 1, ("full", "base"): 1, ("full", "lora"): 1}
     for r in (*found["against_reference"].values(), *found["between_models"]):
-        assert (
-            r["consistent"] == 1 and r["missing"] == 0 and r["wins"] + r["ties"] + r["losses"] == r["n"] == 24
-        )
+        assert r["consistent"] == 1 and r["missing"] == 0 and r["wins"] + r["ties"] + r["losses"] == r["n"] == 24
         assert r["first_slot"] in (0.5, None)  # nothing but ties has no slot
     # every pair in both orders: 20 controls, 24 shuffled, 3 + 3 pairs of 24
     assert len(server.requests) == 2 * (20 + 24 + 6 * 24)
@@ -351,9 +345,7 @@ def test_what_a_killed_run_left_is_read(script, tmp_path):
         bouts = [(str(k), f"What is {k} ?", f"It is {k} .", "No.") for k in range(6)]
         assert judge(bouts) == ["first"] * 6
         text = (tmp_path / "verdicts.jsonl").read_text("utf-8")
-        (tmp_path / "verdicts.jsonl").write_text(
-            text[: len(text) * 2 // 3], encoding="utf-8"
-        )  # cut in a line
+        (tmp_path / "verdicts.jsonl").write_text(text[: len(text) * 2 // 3], encoding="utf-8")  # cut in a line
         before = len(server.requests)
         again = script.ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
         assert again(bouts) == ["first"] * 6
@@ -418,10 +410,7 @@ def test_separable_outcomes_stay_finite(script):
 @pytest.mark.parametrize(
     "outcomes, length",
     [
-        (
-            [1] * 32 + [0] * 8,
-            list(range(40, 80)),
-        ),  # always longer: nobody knows how it would do at equal length
+        ([1] * 32 + [0] * 8, list(range(40, 80))),  # always longer: nobody knows how it would do at equal length
         ([1] * 36 + [0] * 4, list(range(-20, 20))),  # four losses tell nothing about a slope
         ([1.0] * 20, list(range(-10, 10))),
     ],
@@ -466,8 +455,8 @@ FLAGS = "--max_new_tokens 12 --resamples 2000".split()
 
 @pytest.fixture(scope="module")
 def judged(trained, tiny, tmp_path_factory) -> tuple[Path, str, list]:
-    """(folder, output, requests) of a run with a judge that prefers, of two texts, the one that is not empty
-    and fits the question (the references are known to it)."""
+    """(folder, output, requests) of a run with a judge that prefers, of two texts, the one that is not empty and fits
+    the question (the references are known to it)."""
     folder = work(trained, tmp_path_factory.mktemp("judged"))
     talking(folder, tiny)
     prompts = json.loads((folder / "data/test_prompts.json").read_text("utf-8"))
@@ -572,11 +561,7 @@ def test_a_reward_model_judges_by_its_scores(script, reward):
     tokenizer = files.load_tokenizer(str(reward), None, "auto")
     chat = [{"role": "user", "content": "What are bonds?"}, {"role": "assistant", "content": texts[0]}]
     text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()
-    ids = AutoTokenizer.from_pretrained(reward)(
-        text,
-        add_special_tokens=False,
-        return_tensors="pt",
-    )
+    ids = AutoTokenizer.from_pretrained(reward)(text, add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         score = model(ids.input_ids).logits[0, 0].item()
     assert judge.known["What are bonds?", texts[0]] == pytest.approx(score, rel=1e-4, abs=1e-6)
@@ -593,8 +578,8 @@ def test_a_reward_model_in_a_run(trained, tiny, reward, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_server_with_a_tiny_model(script, trained, tiny, tmp_path):
-    """`transformers serve` answers like any OpenAI-compatible server; a tiny model's verdicts are nonsense,
-    so they are counted as missing."""
+    """`transformers serve` answers like any OpenAI-compatible server; a tiny model's verdicts are nonsense, so they
+    are counted as missing."""
     folder = work(trained, tmp_path)
     talking(folder, tiny)
     port, model = files.free_port(), str(folder / "outputs/full_model/final_model")

@@ -1,7 +1,7 @@
 """The default path, phi-2 on finance-alpaca, from a Hub on the loopback interface to the report.
 
-The four scripts run by their real commands with their real constants, over a model that is phi-2 in
-everything but size; only the length of the run is cut. What the Hub refuses must end in one line.
+The four scripts run by their real commands with their real constants, over a model that is phi-2 in everything but
+size; only the length of the run is cut. What the Hub refuses must end in one line.
 """
 
 import json
@@ -163,9 +163,7 @@ def test_the_evaluation_leaves_its_artefacts(pipeline):
     results = read(folder / "evaluation_results.json")
     assert list(results["models"]) == ["base", "lora", "full"]
     assert {"environment", "settings", "data", "comparisons", "warnings"} <= results.keys()
-    agreed = (
-        "perplexity nll_per_token bits_per_byte scored_tokens answer_quality style_match helpfulness".split()
-    )
+    agreed = "perplexity nll_per_token bits_per_byte scored_tokens answer_quality style_match helpfulness".split()
     for model in results["models"].values():
         assert {*agreed, "forgetting", "cost"} <= model.keys()
     pairs = {(c["a"], c["b"]) for c in results["comparisons"]}
@@ -174,9 +172,7 @@ def test_the_evaluation_leaves_its_artefacts(pipeline):
     # the base model's weights are random, so that whoever trained on the answers must do better
     nll = {name: model["nll_per_token"] for name, model in results["models"].items()}
     assert nll["full"] < nll["base"] and nll["lora"] < nll["base"]
-    kinds = [
-        json.loads(line) for line in (folder / "evaluation_examples.jsonl").read_text("utf-8").splitlines()
-    ]
+    kinds = [json.loads(line) for line in (folder / "evaluation_examples.jsonl").read_text("utf-8").splitlines()]
     assert {record["model"] for record in kinds if "nll" in record} == {"base", "base_4bit", "lora", "full"}
     assert {record["model"] for record in kinds if "answer" in record} == {"base", "lora", "full"}
 

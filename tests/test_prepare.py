@@ -130,10 +130,7 @@ STYLES = {
     "chatml without a system turn": ("<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}", []),
     "alpaca": (ALPACA_TEXT, [system(ALPACA_TEXT.split("\n\n")[0])]),
     "llama": ("<s>[INST] {q} [/INST] {a}", []),
-    "llama with a system turn": (
-        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{q} [/INST] {a}",
-        [system("Be brief.")],
-    ),
+    "llama with a system turn": ("<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{q} [/INST] {a}", [system("Be brief.")]),
     "plain": ("Question: {q}\nAnswer: {a}", None),
 }
 
@@ -148,12 +145,8 @@ def converted(step, tokenizer, function, rows: list[dict], schema: dict = ALPACA
 def test_one_string_is_split_in_front_of_its_answer(step, tokenizer, style, end):
     text, before = STYLES[style]
     row = {"instruction": "What is a bond?", "input": "", "output": "A loan.\n\nTo a firm, say."}
-    kept, dropped = converted(
-        step, tokenizer, lambda e: text.format(q=e["instruction"], a=e["output"]) + end, [row]
-    )
-    prompt = (
-        [user("Question: What is a bond?\nAnswer:")] if before is None else [*before, user("What is a bond?")]
-    )
+    kept, dropped = converted(step, tokenizer, lambda e: text.format(q=e["instruction"], a=e["output"]) + end, [row])
+    prompt = [user("Question: What is a bond?\nAnswer:")] if before is None else [*before, user("What is a bond?")]
     assert not dropped
     assert kept[0]["prompt"] == prompt
     assert kept[0]["completion"] == [assistant("A loan.\n\nTo a firm, say.")]
@@ -162,10 +155,7 @@ def test_one_string_is_split_in_front_of_its_answer(step, tokenizer, style, end)
 def test_alpaca_strings_input_stays_in_the_question(step, tokenizer):
     text = "Preamble.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
     kept, _ = converted(
-        step,
-        tokenizer,
-        lambda e: text.format_map(e),
-        [{"instruction": "Q?", "input": "Facts.", "output": "A."}],
+        step, tokenizer, lambda e: text.format_map(e), [{"instruction": "Q?", "input": "Facts.", "output": "A."}]
     )
     assert kept[0]["prompt"] == [system("Preamble."), user("Q?\n\nFacts.")]
 
@@ -236,9 +226,7 @@ def test_a_question_cannot_pose_as_turns_of_the_string(step, tokenizer, style, p
         [{"instruction": posing, "input": "", "output": "No."}],
     )
     assert len(kept) + dropped.total() == 1
-    assert not kept or (
-        question(kept[0]) == posing and [m["role"] for m in kept[0]["prompt"]].count("user") == 1
-    )
+    assert not kept or (question(kept[0]) == posing and [m["role"] for m in kept[0]["prompt"]].count("user") == 1)
     if style == "chatml" and "<|im_end|>" in posing:
         assert dropped == {MARKED: 1}
 
@@ -248,10 +236,7 @@ def test_a_question_cannot_pose_as_turns_of_the_string(step, tokenizer, style, p
     [
         lambda e: {"messages": [system("Be brief."), user(e["instruction"]), assistant(e["output"])]},
         lambda e: [system("Be brief."), user(e["instruction"]), assistant(e["output"])],
-        lambda e: {
-            "prompt": [system("Be brief."), user(e["instruction"])],
-            "completion": [assistant(e["output"])],
-        },
+        lambda e: {"prompt": [system("Be brief."), user(e["instruction"])], "completion": [assistant(e["output"])]},
         lambda e: {"prompt": [system("Be brief."), user(e["instruction"])], "completion": e["output"]},
         lambda e: {
             "messages": [
@@ -265,9 +250,7 @@ def test_a_question_cannot_pose_as_turns_of_the_string(step, tokenizer, style, p
     ids=["messages", "list", "prompt and completion", "prompt and string", "ShareGPT's names"],
 )
 def test_messages_and_prompt_with_completion(step, tokenizer, function):
-    kept, dropped = converted(
-        step, tokenizer, function, [{"instruction": "Q?", "input": "", "output": " A.\n"}]
-    )
+    kept, dropped = converted(step, tokenizer, function, [{"instruction": "Q?", "input": "", "output": " A.\n"}])
     assert not dropped
     assert kept[0]["prompt"] == [system("Be brief."), user("Q?")]
     assert kept[0]["completion"] == [assistant(" A.\n")]
@@ -292,9 +275,7 @@ def test_another_kind_of_result_is_refused(step, tokenizer, capsys, value):
 
 def test_the_default_function(step):
     row = {"instruction": "Q?", "input": "Facts.", "output": "A.", "system": "Be brief."}
-    assert step.format_to_chatml(row) == {
-        "messages": [system("Be brief."), user("Q?\n\nFacts."), assistant("A.")]
-    }
+    assert step.format_to_chatml(row) == {"messages": [system("Be brief."), user("Q?\n\nFacts."), assistant("A.")]}
     for nothing in ("", None):
         messages = step.format_to_chatml({**row, "input": nothing, "system": nothing})["messages"]
         assert messages == [user("Q?"), assistant("A.")]
@@ -319,9 +300,7 @@ You are a financial advisor.<|im_end|>
 <|im_start|>assistant
 {example["output"]}<|im_end|>"""
 '''
-    (tmp_path / STEP).write_text(
-        "".join([*lines[: body.lineno - 1], pasted, *lines[body.end_lineno :]]), "utf-8"
-    )
+    (tmp_path / STEP).write_text("".join([*lines[: body.lineno - 1], pasted, *lines[body.end_lineno :]]), "utf-8")
     rows = finance_rows(40)
     write_rows(tmp_path / "rows.jsonl", rows)
     ok(run(tmp_path / STEP, "--dataset_name", "rows.jsonl", "--model_name", tiny, cwd=tmp_path))
@@ -412,9 +391,7 @@ def test_a_wrong_column_map_names_the_columns(step, capsys, column_map, said):
 
 def test_a_column_map_for_messages(step, tokenizer):
     name, schema = step.find_schema(["dialogue", "output"], {"messages": "dialogue"})
-    kept, _ = convert(
-        step, [{"dialogue": [user("Q?"), assistant("A.")], "output": 3}], schema, tokenizer, 1024
-    )
+    kept, _ = convert(step, [{"dialogue": [user("Q?"), assistant("A.")], "output": 3}], schema, tokenizer, 1024)
     assert (name, answer(kept[0])) == ("COLUMN_MAP", "A.")
 
 
@@ -486,12 +463,7 @@ def test_csv_with_quotes_line_breaks_and_bom(step, tmp_path):
 
 
 def test_csv_rows_with_too_few_or_too_many_cells(prepare, tmp_path):
-    lines = [
-        "instruction,output",
-        "short",
-        "Long?,Yes.,and more",
-        *(f"Is {i} even?,Maybe {i}." for i in range(30)),
-    ]
+    lines = ["instruction,output", "short", "Long?,Yes.,and more", *(f"Is {i} even?,Maybe {i}." for i in range(30))]
     (tmp_path / "rows.csv").write_text("\n".join(lines), encoding="utf-8")
     rows = prepare(tmp_path / "rows.csv")["rows"]
     reasons = {"missing answer": 1, "more cells than columns (an unquoted comma?)": 1}
@@ -600,14 +572,8 @@ BAD_CHATS = [
     ("Q? A.", "missing messages"),
     (["Q?", "A."], "message is not an object"),
     ([user("Q?"), CALL], "role or tool call that cannot be used"),
-    (
-        [user("Q?"), CALL, {"role": "tool", "content": "7"}, assistant("7.")],
-        "role or tool call that cannot be used",
-    ),
-    (
-        [{"role": "narrator", "content": "x"}, user("Q?"), assistant("A.")],
-        "role or tool call that cannot be used",
-    ),
+    ([user("Q?"), CALL, {"role": "tool", "content": "7"}, assistant("7.")], "role or tool call that cannot be used"),
+    ([{"role": "narrator", "content": "x"}, user("Q?"), assistant("A.")], "role or tool call that cannot be used"),
     ([{"content": "Q?"}, assistant("A.")], "role or tool call that cannot be used"),
     ([{"role": "user", "content": IMAGE}, assistant("A.")], "message is not text"),
     ([{"role": "user", "content": [{"type": "text", "text": 5}]}, assistant("A.")], "message is not text"),
@@ -631,14 +597,9 @@ def test_each_kind_of_bad_row_is_counted_by_its_reason(step, tokenizer, row, rea
     assert dropped == {reason: 1}
 
 
-@pytest.mark.parametrize(
-    "messages, reason", BAD_CHATS, ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize("messages, reason", BAD_CHATS, ids=lambda value: value if isinstance(value, str) else "")
 def test_each_kind_of_bad_conversation_is_counted_by_its_reason(step, tokenizer, messages, reason):
-    assert convert(step, [{"messages": messages}], {"messages": "messages"}, tokenizer, 1024) == (
-        [],
-        {reason: 1},
-    )
+    assert convert(step, [{"messages": messages}], {"messages": "messages"}, tokenizer, 1024) == ([], {reason: 1})
 
 
 @pytest.mark.parametrize("column", ["instruction", "input", "output"])
@@ -660,17 +621,14 @@ def test_an_exact_duplicate_is_dropped_and_a_near_one_kept(step, tokenizer):
 
 def test_a_conversation_of_several_turns_is_kept_whole(step, tokenizer):
     turns = [system("S"), user("Q1"), assistant("A1"), user("Q2"), assistant("A2")]
-    kept, _ = convert(
-        step, [{"messages": [*turns, user("Thanks")]}], {"messages": "messages"}, tokenizer, 1024
-    )
+    kept, _ = convert(step, [{"messages": [*turns, user("Thanks")]}], {"messages": "messages"}, tokenizer, 1024)
     assert (kept[0]["prompt"], kept[0]["completion"]) == (turns[:-1], turns[-1:])
 
 
 def test_length_is_measured_in_tokens_of_the_rendered_row(step, tokenizer):
     rows = [{"instruction": "Q" * n, "input": "", "output": "é你🙂" * n} for n in range(1, 60, 7)]
     lengths = [
-        sum(map(len, files.encode(tokenizer, [user(row["instruction"])], [assistant(row["output"])])))
-        for row in rows
+        sum(map(len, files.encode(tokenizer, [user(row["instruction"])], [assistant(row["output"])]))) for row in rows
     ]
     assert lengths == sorted(set(lengths))
     for limit in (lengths[0] - 1, lengths[0], lengths[4], lengths[-1] - 1, lengths[-1]):
@@ -757,9 +715,7 @@ def test_every_row_is_kept_unchanged_or_dropped_and_counted(step, tokenizer, sch
     def said(message):
         text = message.get("content", message.get("value"))
         return (
-            "".join(str(part["text"]) for part in text if isinstance(part, dict))
-            if isinstance(text, list)
-            else text
+            "".join(str(part["text"]) for part in text if isinstance(part, dict)) if isinstance(text, list) else text
         )
 
     holds()
@@ -768,9 +724,7 @@ def test_every_row_is_kept_unchanged_or_dropped_and_counted(step, tokenizer, sch
 def test_reasons_are_in_the_manifest(prepare):
     bad = [row for row, _ in BAD_ROWS]
     rows = prepare(bad + tail(40) + tail(3), MAX_DROP_FRACTION=0.5)["rows"]
-    wanted = collections.Counter(reason for _, reason in BAD_ROWS) + collections.Counter(
-        {"exact duplicate": 3}
-    )
+    wanted = collections.Counter(reason for _, reason in BAD_ROWS) + collections.Counter({"exact duplicate": 3})
     # a system column that not every row has is one of the schema all the same
     assert rows["dropped"] == dict(wanted)
     assert (rows["read"], rows["kept"]) == (len(bad) + 43, 40)
@@ -814,14 +768,7 @@ def test_too_few_rows_are_refused(prepare, capsys):
     assert not list(Path("data").glob("[!.]*"))
 
 
-DATA_FILES = (
-    "train",
-    "eval",
-    "test_prompts.json",
-    "manifest.json",
-    "dataset_report.md",
-    "length_histogram.png",
-)
+DATA_FILES = ("train", "eval", "test_prompts.json", "manifest.json", "dataset_report.md", "length_histogram.png")
 
 
 def complete(folder: Path, manifest: dict) -> bool:
@@ -834,9 +781,7 @@ def complete(folder: Path, manifest: dict) -> bool:
     return all(hashed(rows_of(name, folder)) == manifest["sha256"][name] for name in ("train", "eval"))
 
 
-MOVES = [
-    f"rename {n}" for n in range(1, 2 * len(DATA_FILES) + 2)
-]  # old files out, new ones in, the final one
+MOVES = [f"rename {n}" for n in range(1, 2 * len(DATA_FILES) + 2)]  # old files out, new ones in, the final one
 
 
 @pytest.mark.parametrize("place", ["save_to_disk 1", "save_to_disk 2", *MOVES])
@@ -880,9 +825,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("after", [0, 4, 7, 12])
-def test_a_run_killed_while_it_exchanges_the_files_leaves_the_data_as_they_were(
-    prepare, tiny, tmp_path, after
-):
+def test_a_run_killed_while_it_exchanges_the_files_leaves_the_data_as_they_were(prepare, tiny, tmp_path, after):
     """A real SIGKILL; only its moment is arranged: after so many files were moved."""
     old = prepare(tail(30))
     before = content_of(Path("data"))
@@ -1006,18 +949,11 @@ def test_the_exact_files_keys_and_columns(prepare, step, tiny, tmp_path):
     for name in ("train", "eval"):
         names = {path.name for path in Path("data", name).iterdir()}
         assert names == {"data-00000-of-00001.arrow", "dataset_info.json", "state.json"}
-    first, more = (
-        ["source", "revision", "schema", "settings", "seed"],
-        ["dropped_examples", "changed", "groups"],
-    )
+    first, more = (["source", "revision", "schema", "settings", "seed"], ["dropped_examples", "changed", "groups"])
     assert list(manifest) == [*first, "rows", *more, "sha256"]
     assert set(manifest["rows"]) == {"read", "kept", "dropped", "train", "validation", "test"}
     assert set(manifest["sha256"]) == {"train", "eval"}
-    assert (manifest["source"], manifest["revision"], manifest["seed"]) == (
-        str(tmp_path / "rows.jsonl"),
-        None,
-        42,
-    )
+    assert (manifest["source"], manifest["revision"], manifest["seed"]) == (str(tmp_path / "rows.jsonl"), None, 42)
     assert manifest["schema"] == {"name": "alpaca", "columns": ALPACA}
     assert set(manifest["settings"]) == set(step.read_constants(ROOT / STEP))
     assert manifest["settings"]["MODEL_NAME"] == str(tiny)
@@ -1060,10 +996,10 @@ ZEPHYR = (
 )
 # As in Qwen's and SmolLM's chat models, whose end of turn is a token of its own.
 CHATML_DEFAULT = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
+    "'<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt "
+    "%}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -1127,8 +1063,7 @@ TEXTS = {
         "A2{eos}",
     ),
     "alpaca": (
-        "### System:\nS\n\n### Instruction:\nQ1\n\n### Response:\nA1{eos}\n\n"
-        "### Instruction:\nQ2\n\n### Response:\n",
+        "### System:\nS\n\n### Instruction:\nQ1\n\n### Response:\nA1{eos}\n\n### Instruction:\nQ2\n\n### Response:\n",
         "A2{eos}",
     ),
     "llama": ("[INST] <<SYS>>\nS\n<</SYS>>\n\nQ1 [/INST] A1{eos}[INST] Q2 [/INST]", " A2{eos}"),
@@ -1199,9 +1134,7 @@ def test_auto_keeps_a_models_own_template_and_a_format_replaces_it(chat_models):
         ("qwen", "auto", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]),
     ],
 )
-def test_what_could_pose_as_a_turn_is_dropped_in_each_format(
-    step, tiny, chat_models, model, prompt_format, marks
-):
+def test_what_could_pose_as_a_turn_is_dropped_in_each_format(step, tiny, chat_models, model, prompt_format, marks):
     tokenizer = files.load_tokenizer(str(chat_models.get(model, tiny)), None, prompt_format)
     rows = [{"instruction": f"Q {mark} q?", "input": "", "output": "A."} for mark in marks]
     rows += [{"instruction": "Q?", "input": "", "output": f"A {mark} a."} for mark in marks]
@@ -1258,9 +1191,7 @@ def test_names_that_the_hub_does_not_have(tiny, tmp_path):
     write_rows(tmp_path / "rows.jsonl", tail(30))
     with Hub() as hub:
         env = hub.env(tmp_path / "home")
-        model = run(
-            STEP, "--dataset_name", "rows.jsonl", "--model_name", "acme/phi-22", cwd=tmp_path, env=env
-        )
+        model = run(STEP, "--dataset_name", "rows.jsonl", "--model_name", "acme/phi-22", cwd=tmp_path, env=env)
         refused(model, "model 'acme/phi-22'", "MODEL_NAME", "not on the Hub")
         rows = run(STEP, "--dataset_name", "acme/alpacca", "--model_name", tiny, cwd=tmp_path, env=env)
         refused(rows, "data set 'acme/alpacca'", "DATASET_NAME", "not on the Hub")

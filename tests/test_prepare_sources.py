@@ -48,13 +48,7 @@ def lines(rows: list[dict]) -> bytes:
 
 def choice(i: int, options: list[str]) -> dict:
     text = f"News number {i}: shares moved by {i * 7 % 113} points.\nQuestion: what is the tone?"
-    return {
-        "id": i,
-        "input": text,
-        "options": options,
-        "gold_index": i % len(options),
-        "class_id": i % len(options),
-    }
+    return {"id": i, "input": text, "options": options, "gold_index": i % len(options), "class_id": i % len(options)}
 
 
 TASKS_CARD = """---
@@ -73,10 +67,7 @@ configs:
 TASKS = {
     "README.md": TASKS_CARD.encode(),
     "ConviFinQA/test.json": lines(
-        [
-            {"id": i, "input": f"Table {i}: revenue {i * 3}.\nQ: what was it?", "label": f"{i * 3}.0"}
-            for i in range(60)
-        ]
+        [{"id": i, "input": f"Table {i}: revenue {i * 3}.\nQ: what was it?", "label": f"{i * 3}.0"} for i in range(60)]
     ),
     "FPB/test.json": lines([choice(i, ["Neutral", "Negative", "Positive"]) for i in range(60)]),
 }
@@ -89,18 +80,14 @@ INSTRUCT = [
 @pytest.fixture(scope="module")
 def hub():
     with Hub() as hub:
-        hub.add_dataset(
-            "gbharti/finance-alpaca", {"Cleaned_date.json": json.dumps(finance_rows(60)).encode()}
-        )
+        hub.add_dataset("gbharti/finance-alpaca", {"Cleaned_date.json": json.dumps(finance_rows(60)).encode()})
         hub.add_dataset("Josephgflowers/Finance-Instruct-500k", {"train.json": lines(INSTRUCT)})
         hub.add_dataset("AdaptLLM/finance-tasks", TASKS)
         hub.add_dataset(
             "takala/financial_phrasebank",
             {"financial_phrasebank.py": b"import datasets", "README.md": b"# Financial PhraseBank"},
         )
-        features = datasets.Features(
-            {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)}
-        )
+        features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)})
         converted = {
             f"{name}/train/0000.parquet": parquet(phrases(60, seed), features)
             for seed, name in enumerate(("sentences_50agree", "sentences_allagree"))
@@ -139,9 +126,7 @@ RECOMMENDED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, flags, schema", RECOMMENDED, ids=lambda value: "-".join(value) if value else ""
-)
+@pytest.mark.parametrize("name, flags, schema", RECOMMENDED, ids=lambda value: "-".join(value) if value else "")
 def test_the_recommended_data_sets_are_read_by_their_names(hub, home, tiny, tmp_path, name, flags, schema):
     given = ["--dataset_name", name, *flags, "--model_name", tiny, "--eval_fraction", "0.2"]
     ok(run(STEP, *given, cwd=tmp_path, env=hub.env(home)))
@@ -173,9 +158,7 @@ def test_the_recommended_data_sets_are_read_by_their_names(hub, home, tiny, tmp_
     ],
     ids=["script", "card", "split"],
 )
-def test_a_configuration_or_split_that_is_not_there_names_those_that_are(
-    hub, home, tiny, tmp_path, name, flags, said
-):
+def test_a_configuration_or_split_that_is_not_there_names_those_that_are(hub, home, tiny, tmp_path, name, flags, said):
     given = ["--dataset_name", name, *flags, "--model_name", tiny]
     assert len(refused(run(STEP, *given, cwd=tmp_path, env=hub.env(home)), *said)) == 1
 
@@ -221,9 +204,7 @@ def test_a_split_that_no_file_is_named_for_is_refused(tmp_path, step, capsys):
 
 
 def test_labels_of_a_local_parquet_file_are_named(step, tmp_path):
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)}
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)})
     rows = [{"text": f"T{i}", "label": i % 3} for i in range(5)] + [{"text": "none", "label": None}]
     (tmp_path / "rows.parquet").write_bytes(parquet(rows, features))
     read = [row for _, row in step.read_rows(str(tmp_path / "rows.parquet"), None, "train", None)]
@@ -327,25 +308,18 @@ def long_rows(n: int) -> list[dict]:
     rng = random.Random(5)
     letters = "abcdefghijklmnopqrstuvwxyz"
     made = ["".join(rng.choices(letters, k=rng.randint(3, 9))) for _ in range(3000)]
-    return [
-        {"instruction": " ".join(rng.choices(made, k=25)) + f" {i}?", "output": f"Answer {i}."}
-        for i in range(n)
-    ]
+    return [{"instruction": " ".join(rng.choices(made, k=25)) + f" {i}?", "output": f"Answer {i}."} for i in range(n)]
 
 
 def parts_of(folder: Path) -> dict[str, str]:
     """The part of each answer."""
-    parts = {
-        row["completion"][0]["content"]: "train"
-        for row in datasets.load_from_disk(str(folder / "data/train"))
-    }
+    parts = {row["completion"][0]["content"]: "train" for row in datasets.load_from_disk(str(folder / "data/train"))}
     held_out = datasets.load_from_disk(str(folder / "data/eval"))
     return parts | {row["completion"][0]["content"]: row["part"] for row in held_out}
 
 
 def test_planted_leaks_stay_on_one_side(tiny, tmp_path):
-    """5 % of the rows come again with a small edit and another answer: none on another side than its
-    original."""
+    """5 % of the rows come again with a small edit and another answer: none on another side than its original."""
     rng, rows = random.Random(7), long_rows(3000)
     copies = [
         {"instruction": edited(row["instruction"], rng), "output": "Copy of " + row["output"]}
@@ -369,9 +343,7 @@ def test_planted_leaks_stay_on_one_side(tiny, tmp_path):
 
 def test_near_equal_prompts_split_alike_in_any_order_of_the_file(tiny, tmp_path):
     rng, rows = random.Random(8), long_rows(300)
-    rows += [
-        {"instruction": edited(row["instruction"], rng), "output": row["output"] + "!"} for row in rows[:60]
-    ]
+    rows += [{"instruction": edited(row["instruction"], rng), "output": row["output"] + "!"} for row in rows[:60]]
     hashes = set()
     for _ in range(2):
         rng.shuffle(rows)
@@ -382,10 +354,7 @@ def test_near_equal_prompts_split_alike_in_any_order_of_the_file(tiny, tmp_path)
 
 def test_other_figures_are_another_question(tiny, tmp_path):
     rows = [
-        {
-            "instruction": f"What is {n} percent of {7 * n} dollars, rounded to a whole cent?",
-            "output": f"It is {n}.",
-        }
+        {"instruction": f"What is {n} percent of {7 * n} dollars, rounded to a whole cent?", "output": f"It is {n}."}
         for n in range(100)
     ]
     ok(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny))
@@ -397,8 +366,7 @@ def test_chinese_prompts_are_compared_too(tiny, tmp_path):
     texts += [f"第{n}题：请说明第{n}种投资的风险。" for n in range(40)]
     rows = [{"instruction": text, "output": f"答案{i}。"} for i, text in enumerate(texts)]
     rows += [
-        {"instruction": text.replace("？", "?").replace("。", " "), "output": "同上。" + text}
-        for text in texts[:2]
+        {"instruction": text.replace("？", "?").replace("。", " "), "output": "同上。" + text} for text in texts[:2]
     ]
     ok(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny))
     assert manifest_of(tmp_path)["groups"] == {"groups": 42, "largest": 2, "same_prompt": 2}
@@ -443,9 +411,7 @@ def test_the_report_says_what_was_done(step, tiny, tmp_path, tokenizer_of_tiny):
                 ),
             )
         )
-        for q, a in (
-            (r["instruction"] + ("\n\n" + r["input"]) * bool(r["input"]), r["output"]) for r in rows[:62]
-        )
+        for q, a in ((r["instruction"] + ("\n\n" + r["input"]) * bool(r["input"]), r["output"]) for r in rows[:62])
     ]
     for limit in (512, 1024, 2048):
         share = sum(n <= limit for n in lengths) / 62
@@ -461,8 +427,7 @@ def test_a_row_full_of_fences_stays_inside_its_own(tiny, tmp_path):
     ok(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny))
     markdown = pytest.importorskip("markdown")
     html = markdown.markdown(
-        (tmp_path / "data/dataset_report.md").read_text(encoding="utf-8"),
-        extensions=["fenced_code", "tables"],
+        (tmp_path / "data/dataset_report.md").read_text(encoding="utf-8"), extensions=["fenced_code", "tables"]
     )
     assert "not a heading</h1>" not in html
 
@@ -475,9 +440,7 @@ def test_what_was_changed_is_said(tiny, tmp_path):
     ]
     ok(prepare(write_rows(tmp_path / "rows.jsonl", chats), tiny))
     assert manifest_of(tmp_path)["changed"] == {"turns behind the last answer removed": 20}
-    assert "turns behind the last answer removed: 20 rows" in (tmp_path / "data/dataset_report.md").read_text(
-        "utf-8"
-    )
+    assert "turns behind the last answer removed: 20 rows" in (tmp_path / "data/dataset_report.md").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -502,7 +465,8 @@ def test_a_quote_that_is_not_closed_swallows_no_row(tiny, tmp_path):
         ("Is ${i}148 enough for a car?", "Is ${i},148 enough for a car?"),
         ("Is {i}111 enough for a car?", "Is {i}111.00 enough for a car?"),
         ("Où est passée l'épargne déposée à côté, numéro {i} ?", "Ou\u0300 est passe\u0301e l'e\u0301pargne "
-         "de\u0301pose\u0301e a\u0300 co\u0302te\u0301, nume\u0301ro {i} ?"),
+                                                                 "de\u0301pose\u0301e a\u0300 co\u0302te\u0301, "
+                                                                 "nume\u0301ro {i} ?"),
         ("第{i}题：什么是市盈率？", "第{i}题:什么是市盈率?"),
     ],
     ids=["thousands", "decimals", "NFD", "full width"],
@@ -510,9 +474,7 @@ def test_a_quote_that_is_not_closed_swallows_no_row(tiny, tmp_path):
 def test_one_prompt_in_two_spellings_stays_on_one_side(tiny, tmp_path, one, other):
     rows = []
     for i in range(10, 60):
-        rows += [
-            {"instruction": text.format(i=i), "output": f"{n} {i}"} for n, text in enumerate((one, other))
-        ]
+        rows += [{"instruction": text.format(i=i), "output": f"{n} {i}"} for n, text in enumerate((one, other))]
     ok(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny))
     parts = parts_of(tmp_path)
     assert all(parts[f"0 {i}"] == parts[f"1 {i}"] for i in range(10, 60))
@@ -545,22 +507,16 @@ def test_the_classification_that_step_1_asks_for_makes_no_rows_alike(step, tiny,
 def test_a_system_column_beside_messages_is_not_lost(tiny, tmp_path):
     talk = [{"from": "human", "value": "Q{i}?"}, {"from": "gpt", "value": "A{i}"}]
     rows = [
-        {
-            "system": "You are a pirate.",
-            "conversations": [{**t, "value": t["value"].format(i=i)} for t in talk],
-        }
+        {"system": "You are a pirate.", "conversations": [{**t, "value": t["value"].format(i=i)} for t in talk]}
         for i in range(30)
     ]
     ok(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny))
-    assert all(
-        row["prompt"][0] == {"role": "system", "content": "You are a pirate."} for row in kept(tmp_path)
-    )
+    assert all(row["prompt"][0] == {"role": "system", "content": "You are a pirate."} for row in kept(tmp_path))
 
 
 def test_context_beside_an_input_is_not_lost(tiny, tmp_path):
     rows = [
-        {"instruction": f"Q{i}?", "input": "In" * (i % 2), "context": f"Facts {i}.", "output": "A"}
-        for i in range(30)
+        {"instruction": f"Q{i}?", "input": "In" * (i % 2), "context": f"Facts {i}.", "output": "A"} for i in range(30)
     ]
     ok(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny))
     assert all("Facts" in row["prompt"][0]["content"] for row in kept(tmp_path))

@@ -42,9 +42,7 @@ SMALL = {
 # what each does to its logits or its attention that a head of our own would miss
 ARCHITECTURES = {
     "phi: head with a bias": PhiConfig(**SMALL, partial_rotary_factor=0.5),
-    "llama: tied head, grouped queries": LlamaConfig(
-        **SMALL, num_key_value_heads=2, tie_word_embeddings=True
-    ),
+    "llama: tied head, grouped queries": LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),
     "gemma2: soft cap of the logits": Gemma2Config(
         **SMALL, head_dim=16, num_key_value_heads=2, final_logit_softcapping=0.1
     ),
@@ -105,8 +103,8 @@ def test_every_row_has_the_nll_of_lm_evaluation_harness(script, tiny, rows, name
 
 
 def test_the_scored_rows_of_a_run_have_the_nll_of_lm_evaluation_harness(script, trained, tiny, tmp_path):
-    """The ids that evaluation_examples.jsonl holds, scored by the harness from the saved folders: base, LoRA
-    (adapter over the 16-bit base) and full."""
+    """The ids that evaluation_examples.jsonl holds, scored by the harness from the saved folders: base, LoRA (adapter
+    over the 16-bit base) and full."""
     from peft import PeftModel
 
     folder = work(trained, tmp_path)
@@ -117,8 +115,7 @@ def test_the_scored_rows_of_a_run_have_the_nll_of_lm_evaluation_harness(script, 
     flags = "--max_new_tokens 2 --resamples 2000".split()
     ok(run(SCRIPTS[3], "--model_name", tiny, *flags, cwd=folder))
     records = [
-        json.loads(line)
-        for line in (folder / "outputs/evaluation_examples.jsonl").read_text("utf-8").splitlines()
+        json.loads(line) for line in (folder / "outputs/evaluation_examples.jsonl").read_text("utf-8").splitlines()
     ]
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
@@ -196,8 +193,8 @@ def test_budgets_follow_the_free_memory(script, monkeypatch):
 
 
 def test_a_models_own_decoding_settings_do_not_count(script, tiny, tmp_path):
-    """A chat model's generation_config (temperature, repetition penalty, a shorter length) would make the
-    answers of the three incomparable."""
+    """A chat model's generation_config (temperature, repetition penalty, a shorter length) would make the answers of
+    the three incomparable."""
     from types import SimpleNamespace
 
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
@@ -234,8 +231,7 @@ def test_answers_with_a_temperature_are_the_same_at_every_run(script, tiny):
     def said(temperature: float, seed: int) -> list[str]:
         prompts = [[11, 45, 300], [7, 8], [99]]
         return [
-            a["answer"]
-            for a in script.answer(model, tokenizer, prompts, [1], 12, None, "test", temperature, seed)
+            a["answer"] for a in script.answer(model, tokenizer, prompts, [1], 12, None, "test", temperature, seed)
         ]
 
     assert said(3.0, 1) == said(3.0, 1)
@@ -248,11 +244,7 @@ def test_answers_with_a_temperature_are_the_same_at_every_run(script, tiny):
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(trained, tiny, tmp_path):
     """Under torchrun rows and prompts are shared out, and gathered by id."""
-    flags = [
-        "--model_name",
-        str(tiny),
-        *"--max_new_tokens 6 --resamples 2000 --general_text general.txt".split(),
-    ]
+    flags = ["--model_name", str(tiny), *"--max_new_tokens 6 --resamples 2000 --general_text general.txt".split()]
     found = []
     for processes in (1, 2):
         folder = work(trained, tmp_path / str(processes))
@@ -268,8 +260,7 @@ def test_two_processes_give_what_one_gives(trained, tiny, tmp_path):
         assert results["environment"]["processes"] == processes
         assert out.count("look at: ") == 1
         records = [
-            json.loads(line)
-            for line in (folder / "outputs/evaluation_examples.jsonl").read_text("utf-8").splitlines()
+            json.loads(line) for line in (folder / "outputs/evaluation_examples.jsonl").read_text("utf-8").splitlines()
         ]
         found.append((results, records))
     (one, a), (two, b) = found
@@ -288,14 +279,7 @@ def test_two_processes_give_what_one_gives(trained, tiny, tmp_path):
 def test_a_prompt_under_two_processes_is_answered_once(trained, tiny, tmp_path):
     """A process that left early would let the other one wait for it for ever."""
     folder = work(trained, tmp_path)
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(ROOT / SCRIPTS[3]),
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / SCRIPTS[3])]
     flags = ["--model_name", str(tiny), "--max_new_tokens", "4", "--prompt", "What is an ETF?"]
     env = os.environ | {"ACCELERATE_USE_CPU": "1"}
     command = [sys.executable, *launcher, *flags]
@@ -326,9 +310,7 @@ def test_metrics_are_metrics_of_evaluate(script):
         assert isinstance(metric, evaluate.Metric) and len(metric.description) > 50
         assert len(metric.compute(**texts)["rows"]) == 2
     rows = script.StyleMatch().compute(**texts)["rows"]
-    assert rows == [
-        script.style_match(p, r) for p, r in zip(texts["predictions"], texts["references"], strict=True)
-    ]
+    assert rows == [script.style_match(p, r) for p, r in zip(texts["predictions"], texts["references"], strict=True)]
     found = script.HelpfulnessProxy().compute(**texts, stopped=[True, False])["rows"]
     assert found == [
         script.helpfulness_proxy("Bonds pay interest.", "Bonds pay.", True),
@@ -369,9 +351,7 @@ def test_embedding_similarity_is_the_cosine(script, embedder):
 
     model = SentenceTransformer(str(embedder), device="cpu")
     texts, references = ["Bonds pay.", "Save first.", " "], ["Bonds pay.", "Buy a fund.", "No."]
-    found = script.EmbeddingSimilarity().compute(predictions=texts, references=references, model=model)[
-        "rows"
-    ]
+    found = script.EmbeddingSimilarity().compute(predictions=texts, references=references, model=model)["rows"]
     a, b = model.encode(texts), model.encode(references)
     cosine = (a * b).sum(1)[:2] / np.linalg.norm(a, axis=1)[:2] / np.linalg.norm(b, axis=1)[:2]
     assert found == pytest.approx([*cosine, 0], abs=1e-5)  # an empty text means nothing
@@ -387,9 +367,7 @@ def test_embedding_similarity_and_a_data_set_of_the_hub_in_a_run(trained, tiny, 
     from hub import Hub
 
     folder = work(trained, tmp_path)
-    texts = ["", " = A title = \n"] + [
-        f"Text {n} of a text about rivers, birds and old towns." for n in range(300)
-    ]
+    texts = ["", " = A title = \n"] + [f"Text {n} of a text about rivers, birds and old towns." for n in range(300)]
     parts, content = {}, {}
     for config in ("small-v1", "large-v1"):
         for split in ("train", "test"):
@@ -404,16 +382,7 @@ def test_embedding_similarity_and_a_data_set_of_the_hub_in_a_run(trained, tiny, 
         hub.add_dataset("org/wikitext", content)
         env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
         env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-        flags = [
-            "--model_name",
-            tiny,
-            "--max_new_tokens",
-            "4",
-            "--resamples",
-            "2000",
-            "--max_eval_samples",
-            "4",
-        ]
+        flags = ["--model_name", tiny, "--max_new_tokens", "4", "--resamples", "2000", "--max_eval_samples", "4"]
         flags += ["--embedding_model", embedder]
         result = run(SCRIPTS[3], *flags, "--general_text", "org/wikitext", cwd=folder, env=env)
         assert result.returncode == 2 and "org/wikitext#" in result.stderr and "small-v1" in result.stderr

@@ -81,8 +81,8 @@ def token_row(ids: list[int], masked: int) -> dict:
 
 @pytest.fixture(scope="module")
 def uneven(tiny) -> Dataset:
-    """Eleven rows of 4 to 180 tokens. Short ones are of tokens that the model finds likely, long ones are
-    not, so that a mean over rows or over batches is far from the mean over tokens."""
+    """Eleven rows of 4 to 180 tokens. Short ones are of tokens that the model finds likely, long ones are not, so that
+    a mean over rows or over batches is far from the mean over tokens."""
     from transformers import AutoModelForCausalLM
 
     bias = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).lm_head.bias
@@ -90,10 +90,7 @@ def uneven(tiny) -> Dataset:
     draw = random.Random(0)
     lengths = [4, 150, 5, 180, 6, 4, 90, 7, 5, 60, 9]
     return Dataset.from_list(
-        [
-            token_row([draw.choice(likely[:20] if n < 20 else likely[-150:]) for _ in range(n)], n // 3)
-            for n in lengths
-        ]
+        [token_row([draw.choice(likely[:20] if n < 20 else likely[-150:]) for _ in range(n)], n // 3) for n in lengths]
     )
 
 
@@ -157,11 +154,7 @@ def test_best_checkpoint_is_chosen_over_tokens(scripts, tokenizer, tiny, uneven,
         LR_SCHEDULER="constant",
     )
     trainer = training.ExactTrainer(
-        model=full_model(scripts, c),
-        args=args,
-        train_dataset=short,
-        eval_dataset=uneven,
-        processing_class=tokenizer,
+        model=full_model(scripts, c), args=args, train_dataset=short, eval_dataset=uneven, processing_class=tokenizer
     )
     trainer.train()
     sums = {step: row_sums(tmp_path / f"checkpoint-{step}", uneven) for step in (1, 2, 3, 4)}
@@ -201,8 +194,8 @@ def test_sampler_is_a_permutation_in_whole_groups(n):
     rows = order(lengths)
     assert sorted(rows) == list(range(n))
     assert len(training.LengthGroupedSampler(lengths, 16, 42, lambda: 0)) == n
-    # Within a group the longest row comes first. So a group that straddled two steps, because a short one
-    # stands in front of it, would show here.
+    # Within a group the longest row comes first. So a group that straddled two steps, because a short one stands in
+    # front of it, would show here.
     for start in range(0, n, 16):
         group = [lengths[i] for i in rows[start : start + 16]]
         assert group == sorted(group, reverse=True), start
@@ -257,21 +250,14 @@ def test_sampler_groups_rows_of_similar_lengths():
 def test_trainer_samples_by_effective_batch_and_its_own_epoch(scripts, tokenizer, tiny, uneven, tmp_path):
     c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny, GRADIENT_ACCUMULATION_STEPS=3, SEED=5)
     trainer = training.ExactTrainer(
-        model=full_model(scripts, c),
-        args=args,
-        train_dataset=uneven,
-        eval_dataset=uneven,
-        processing_class=tokenizer,
+        model=full_model(scripts, c), args=args, train_dataset=uneven, eval_dataset=uneven, processing_class=tokenizer
     )
     for epoch in (0, 1, 1.5):
         trainer.state.epoch = epoch
         expected = order(uneven["length"], 6, 5, int(epoch))
         batches = [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
         seen = [row for batch in batches for row in batch]
-        padded = [
-            ids[: uneven[i]["length"]] == uneven[i]["input_ids"]
-            for ids, i in zip(seen, expected, strict=True)
-        ]
+        padded = [ids[: uneven[i]["length"]] == uneven[i]["input_ids"] for ids, i in zip(seen, expected, strict=True)]
         assert all(padded), epoch
 
 
@@ -306,8 +292,8 @@ def test_qlora_trains_in_fp32(scripts, tokenizer, tiny, uneven, tmp_path):
 
 
 def test_evaluation_leaves_gradients_as_they_were(scripts, tokenizer, tiny, uneven, tmp_path):
-    """bitsandbytes repacks 4-bit weights at the first evaluation on CPUs with avx512_bf16 (elsewhere this
-    holds by itself): no gradient would come through to the first layer any more."""
+    """bitsandbytes repacks 4-bit weights at the first evaluation on CPUs with avx512_bf16 (elsewhere this holds by
+    itself): no gradient would come through to the first layer any more."""
     trainer = qlora(scripts, tokenizer, tiny, uneven, tmp_path, training.ExactTrainer, LORA_DROPOUT=0.0)
     with torch.no_grad():
         for name, p in trainer.model.named_parameters():
@@ -355,11 +341,7 @@ def test_lora_trains_under_one_percent_of_phi_2(phi_2):
     assert trainable == 32 * 16 * (4 * (2560 + 2560) + 2 * (2560 + 10240)) == 23_592_960
     assert total == 2_779_683_840 + trainable
     assert trainable / total < 0.01
-    targets = {
-        name.split(".lora_A")[0].rsplit(".", 1)[-1]
-        for name, _ in model.named_parameters()
-        if "lora_A" in name
-    }
+    targets = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_A" in name}
     assert targets == {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}
 
 
@@ -368,9 +350,7 @@ def test_parameter_count(phi_2, tiny):
 
     assert training.parameter_count(phi_2) == 2_779_683_840
     real = AutoModelForCausalLM.from_pretrained(tiny)
-    assert training.parameter_count(AutoConfig.from_pretrained(tiny)) == sum(
-        p.numel() for p in real.parameters()
-    )
+    assert training.parameter_count(AutoConfig.from_pretrained(tiny)) == sum(p.numel() for p in real.parameters())
     # a head that is the embedding is counted once
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     tied, free = (LlamaConfig(**shape, tie_word_embeddings=tie) for tie in (True, False))
@@ -404,11 +384,7 @@ def test_end_token_is_trained_although_it_pads(scripts, tokenizer, tiny, prepare
     rows = rows_for(tokenizer, prepared, limit=8)
     c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny)
     trainer = training.ExactTrainer(
-        model=full_model(scripts, c),
-        args=args,
-        train_dataset=rows,
-        eval_dataset=rows,
-        processing_class=tokenizer,
+        model=full_model(scripts, c), args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
     )
     batch = trainer.data_collator([rows[i] for i in range(8)])
     assert batch["input_ids"].shape[1] == max(rows["length"]) > min(rows["length"])
@@ -705,9 +681,7 @@ def test_a_nan_ends_the_run_and_stays_readable(tiny, tmp_path):
     state = TrainerState(is_world_process_zero=True, global_step=3, best_model_checkpoint="out/checkpoint-2")
     state.log_history = [{"loss": 2.0, "step": 2}, {"loss": math.nan, "step": 3}]
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(
-        FloatingPointError, match="loss is nan at step 3; last good checkpoint: out/checkpoint-2"
-    ):
+    with pytest.raises(FloatingPointError, match="loss is nan at step 3; last good checkpoint: out/checkpoint-2"):
         log.on_log(arguments, state, TrainerControl(), logs=state.log_history[-1])
     written = json.loads((tmp_path / "training_log.json").read_text())
     assert written["summary"]["status"] == "failed"
@@ -733,7 +707,5 @@ def test_all_problems_come_at_once(tmp_path):
 
 
 def test_max_length_beyond_the_models_positions_is_refused(tiny, prepared):
-    result = run(
-        SCRIPTS[1], "--model_name", tiny, "--max_length", "4096", "--output_dir", "out", cwd=prepared
-    )
+    result = run(SCRIPTS[1], "--model_name", tiny, "--max_length", "4096", "--output_dir", "out", cwd=prepared)
     refused(result, "MAX_LENGTH is 4096", "has only 2048 positions: --max_length 2048")

@@ -73,20 +73,12 @@ def losses_of(trainer) -> list[float]:
 
 @pytest.mark.parametrize("script", [LORA, FULL])
 def test_the_loss_does_not_depend_on_how_a_step_is_cut_up(scripts, tokenizer, tiny, rows, tmp_path, script):
-    """8 x 1, 2 x 4 and 1 x 8 rows: the same four steps. A mean of per-batch means would differ in the third
-    digit."""
+    """8 x 1, 2 x 4 and 1 x 8 rows: the same four steps. A mean of per-batch means would differ in the third digit."""
     found = {}
     for batch in (8, 2, 1):
         # the Trainer adds up the micro-batches' losses in fp32, and they are logged with all their digits
         shape = {"BATCH_SIZE": batch, "GRADIENT_ACCUMULATION_STEPS": 8 // batch}
-        made = {
-            **shape,
-            "MAX_STEPS": 4,
-            "LOGGING_STEPS": 1,
-            "EVAL_STEPS": 4,
-            "SAVE_STEPS": 4,
-            "USE_4BIT": False,
-        }
+        made = {**shape, "MAX_STEPS": 4, "LOGGING_STEPS": 1, "EVAL_STEPS": 4, "SAVE_STEPS": 4, "USE_4BIT": False}
         made = made if script == LORA else {k: v for k, v in made.items() if k != "USE_4BIT"}
         trainer = trainer_of(scripts, script, tmp_path / str(batch), tiny, rows, tokenizer, **made)
         found[batch] = losses_of(trainer)
@@ -96,8 +88,7 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut_up(scripts, tokenizer, ti
 
 
 def test_the_loss_does_not_depend_on_packing_or_padding(tiny, rows):
-    """Packed rows, padded rows and single ones have the same nll: no row sees another one, no position is
-    shifted."""
+    """Packed rows, padded rows and single ones have the same nll: no row sees another one, no position is shifted."""
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     plain = rows.remove_columns("length")
     packed = pack_dataset(plain, 128, "bfd")
@@ -139,8 +130,7 @@ def test_a_step_that_runs_out_of_memory_comes_again_in_halves(
     scripts, tokenizer, tiny, rows, tmp_path, monkeypatch, script, capsys
 ):
     """Simulated: a forward pass of more than two rows raises, in its second micro-batch of the step and
-    after its backward pass has begun to add to the gradients. The losses are those of a machine with enough
-    memory."""
+    after its backward pass has begun to add to the gradients. The losses are those of a machine with enough memory."""
     shape = {"BATCH_SIZE": 8, "GRADIENT_ACCUMULATION_STEPS": 2, "MAX_STEPS": 3, "LOGGING_STEPS": 1}
     shape |= {"EVAL_STEPS": 3, "SAVE_STEPS": 3}
     enough = losses_of(trainer_of(scripts, script, tmp_path / "enough", tiny, rows, tokenizer, **shape))
@@ -161,9 +151,7 @@ def test_a_step_that_runs_out_of_memory_comes_again_in_halves(
     assert "out of memory with 8 rows a pass" in said and "again with 2" in said
 
 
-def test_one_row_that_does_not_fit_names_the_settings(
-    scripts, tokenizer, tiny, rows, tmp_path, monkeypatch, capsys
-):
+def test_one_row_that_does_not_fit_names_the_settings(scripts, tokenizer, tiny, rows, tmp_path, monkeypatch, capsys):
     trainer = trainer_of(scripts, FULL, tmp_path, tiny, rows, tokenizer, EVAL_STEPS=1, SAVE_STEPS=1)
 
     def step(self, model, inputs, num_items_in_batch=None):
@@ -182,9 +170,7 @@ def test_one_row_that_does_not_fit_names_the_settings(
 
 @pytest.mark.parametrize("four_bit", [True, False], ids=["4-bit", "16-bit"])
 @pytest.mark.parametrize("kind", ["biased head", "tied"])
-def test_trained_reloaded_and_merged_adapters_agree(
-    scripts, tokenizer, tiny, tied, rows, tmp_path, four_bit, kind
-):
+def test_trained_reloaded_and_merged_adapters_agree(scripts, tokenizer, tiny, tied, rows, tmp_path, four_bit, kind):
     """Logits of the trainer's model, of the saved adapter and of the merged one: over the same base the same
     numbers."""
     model = tiny if kind == "biased head" else tied
@@ -220,28 +206,20 @@ def test_trained_reloaded_and_merged_adapters_agree(
         over_16 = PeftModel.from_pretrained(same, str(tmp_path / "adapter"))
         assert torch.allclose(logits(merged), logits(over_16), atol=1e-4)
     if kind == "tied":
-        assert (
-            merged.get_output_embeddings().weight.data_ptr()
-            == merged.get_input_embeddings().weight.data_ptr()
-        )
+        assert merged.get_output_embeddings().weight.data_ptr() == merged.get_input_embeddings().weight.data_ptr()
 
 
 def test_dora_and_rslora_reach_the_library(scripts):
     adapter = scripts[LORA].adapter_config(constants(LORA, USE_DORA=True, USE_RSLORA=True, LORA_R=8))
-    assert (adapter.use_dora, adapter.use_rslora, adapter.r, adapter.target_modules) == (
-        True,
-        True,
-        8,
-        "all-linear",
-    )
+    assert (adapter.use_dora, adapter.use_rslora, adapter.r, adapter.target_modules) == (True, True, 8, "all-linear")
 
 
 # --- bf16 weights
 
 
 def test_bf16_weights_learn_with_stochastic_rounding_and_stall_without(tiny, rows):
-    """60 steps at 5e-5 on one batch: torchao's 8-bit AdamW with stochastic rounding follows fp32; plain bf16
-    does not, because an update of 5e-5 vanishes beside a weight above 0.0128 (bf16 has 8 bits of
+    """60 steps at 5e-5 on one batch: torchao's 8-bit AdamW with stochastic rounding follows fp32; plain bf16 does not,
+    because an update of 5e-5 vanishes beside a weight above 0.0128 (bf16 has 8 bits of
     mantissa)."""
     from torchao.optim import AdamW8bit
 
@@ -284,8 +262,7 @@ def test_a_leftover_accelerate_configuration_is_named_and_not_obeyed(monkeypatch
 
 
 def test_fp16_attention_is_computed_in_fp32():
-    """Queries and keys whose products exceed 65,504, as phi-2's do: plain fp16 attention has no number for
-    them."""
+    """Queries and keys whose products exceed 65,504, as phi-2's do: plain fp16 attention has no number for them."""
     assert machine.attention(torch.float16) == "sdpa_fp32"
     query = torch.full((1, 2, 4, 64), 60.0, dtype=torch.float16)
     key = torch.full((1, 2, 4, 64), 60.0, dtype=torch.float16)
@@ -324,12 +301,7 @@ def test_the_plan_climbs_its_ladder(shapes, capsys):
     """phi-2 in full: with memory to spare as it is, then each choice in its order. The sums are those of the
     papers."""
     big = planned(shapes, FULL, "phi-2", 200)
-    assert (big.checkpointing, big.optim, big.half_weights, big.batch_size) == (
-        False,
-        "adamw_torch_fused",
-        False,
-        2,
-    )
+    assert (big.checkpointing, big.optim, big.half_weights, big.batch_size) == (False, "adamw_torch_fused", False, 2)
     count = 2_779_683_840
     assert big.parts["weights"] == big.parts["gradients"] == 4 * count and big.parts["optimizer"] == 8 * count
     seen = [big]
@@ -434,9 +406,7 @@ def test_the_preflight_shows_a_row_and_the_counts(prepared, tiny, tmp_path):
     said = ok(run(FULL, "--model_name", tiny, *SHORT, "--early_stopping_patience", "3", cwd=work))
     shown = said[said.index("trained between the brackets") :]
     assert "<|im_start|>assistant\n⟦" in shown and "<|endoftext|>⟧" in shown
-    assert (
-        "128 rows of" in said and "padding; 16 rows to validate; 4 steps of 4 rows, 1 of them warm-up" in said
-    )
+    assert "128 rows of" in said and "padding; 16 rows to validate; 4 steps of 4 rows, 1 of them warm-up" in said
     assert "packing off: sdpa does not keep packed rows apart" in said
     log = json.loads((work / "outputs/full_model/training_log.json").read_text(encoding="utf-8"))
     assert log["plan"]["planned_bytes"] == sum(log["plan"]["parts"].values())
@@ -452,9 +422,7 @@ def test_the_preflight_shows_a_row_and_the_counts(prepared, tiny, tmp_path):
     assert {"train/loss", "eval/loss", "train/learning_rate", "train/grad_norm"} <= scalars
     assert {"train/tokens_per_second", "train/memory_gb", "hparam/loss", "hparam/eval_loss"} <= scalars
     assert "sample answers/text_summary" in events.Tags()["tensors"]
-    assert "_hparams_/session_start_info" in events.summary_metadata or "_hparams_" in str(
-        events.summary_metadata
-    )
+    assert "_hparams_/session_start_info" in events.summary_metadata or "_hparams_" in str(events.summary_metadata)
 
 
 @pytest.mark.parametrize(

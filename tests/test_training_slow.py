@@ -234,9 +234,7 @@ def test_two_processes_of_lora(fresh, trained):
     output = launch(work, LORA, *SHORT, *flags)
     log, single = log_of(work, LORA), log_of(trained, LORA)
     assert log["environment"]["processes"] == 2 and single["environment"]["processes"] == 1
-    assert (
-        output.count("done: ") == output.count("30 rows of") == output.count("memory plan") == 1
-    )  # said once
+    assert output.count("done: ") == output.count("30 rows of") == output.count("memory plan") == 1  # said once
     # one process would need twice as many steps
     assert log["summary"]["steps"] == math.ceil(30 / (2 * 2 * 2)) == 4
     assert (log["summary"]["epochs"], log["summary"]["status"]) == (1, "done")
@@ -352,8 +350,8 @@ def test_training_log_has_exactly_these_keys(script, trained, uninterrupted, ful
         assert set(log["parameters"]) == {"trainable", "total", "percent"}
         assert set(log["data"]) == {"manifest_sha256", "train_rows", "eval_rows"}
         assert set(log["summary"]) == set(
-            "status train_runtime_s steps epochs train_loss eval_loss tokens tokens_per_second "
-            "peak_memory_bytes best_checkpoint resumed_from".split()
+            "status train_runtime_s steps epochs train_loss eval_loss tokens tokens_per_second peak_memory_bytes "
+            "best_checkpoint resumed_from".split()
         )
         manifest = (work / "data" / "manifest.json").read_bytes()
         assert log["data"]["manifest_sha256"] == hashlib.sha256(manifest).hexdigest()

@@ -10,15 +10,7 @@ from conftest import ROOT, SCRIPTS
 from configs.settings import read_constants
 
 LORA, FULL = ROOT / SCRIPTS[1], ROOT / SCRIPTS[2]
-LORA_ONLY = {
-    "LORA_R",
-    "LORA_ALPHA",
-    "LORA_DROPOUT",
-    "LORA_TARGET_MODULES",
-    "USE_DORA",
-    "USE_RSLORA",
-    "USE_4BIT",
-}
+LORA_ONLY = {"LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGET_MODULES", "USE_DORA", "USE_RSLORA", "USE_4BIT"}
 LORA_ONLY |= {"MERGE_ADAPTER"}
 FULL_ONLY = {"USE_DEEPSPEED", "DEEPSPEED_CONFIG"}
 # Shared constants that may differ, and in what: a value, the help behind it, the reason above it.
@@ -26,8 +18,8 @@ OTHER_VALUE = {"LEARNING_RATE", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "OU
 OTHER_HELP = {"OUTPUT_DIR"}
 OTHER_WHY = {"LEARNING_RATE", "BATCH_SIZE"}
 
-# Lines that may differ: of the shared functions (adapter_config and build_model apart), and of what stands
-# around them and the constants. `lora` is what only script 2 may have, `full` what only script 3 may have.
+# Lines that may differ: of the shared functions (adapter_config and build_model apart), and of what stands around them
+# and the constants. `lora` is what only script 2 may have, `full` what only script 3 may have.
 FUNCTION_LINES = {
     "training_arguments": {
         "lora": [],
@@ -52,16 +44,14 @@ FUNCTION_LINES = {
 OTHER_LINES = {
     "lora": [
         '"""Fine-tunes a causal language model with QLoRA: small trained matrices on a frozen 4-bit base.',
-        "Writes: outputs/lora_model/: final_lora_adapter/, training_log.json, checkpoint-*, "
-        "runs/ (TensorBoard)",
+        "Writes: outputs/lora_model/: final_lora_adapter/, training_log.json, checkpoint-*, runs/ (TensorBoard)",
         "python 2_lora_finetuning.py",
         "accelerate launch 2_lora_finetuning.py --num_epochs 1",
         "from peft import LoraConfig",
         "from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel",
     ],
     "full": [
-        '"""Fine-tunes a causal language model with all its weights, '
-        "with DeepSpeed where one GPU is not enough.",
+        '"""Fine-tunes a causal language model with all its weights, with DeepSpeed where one GPU is not enough.',
         "Writes: outputs/full_model/: final_model/, training_log.json, checkpoint-*, runs/ (TensorBoard)",
         "python 3_full_finetuning.py",
         "accelerate launch 3_full_finetuning.py --num_epochs 1",

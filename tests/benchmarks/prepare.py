@@ -3,9 +3,9 @@
     python tests/benchmarks/prepare.py
     python tests/benchmarks/prepare.py --rows 100000 --keep /tmp/rows
 
-Rows are JSON Lines of 300 bytes to 3 kB, of words drawn by Zipf's law; 1 % are exact copies, 5 % copies with
-a small edit. Plain `datasets` does load_dataset, map to messages, train_test_split and save_to_disk. Token
-lengths are left out: MAX_LENGTH is above the longest row, so that no row is tokenised. Every run is a
+Rows are JSON Lines of 300 bytes to 3 kB, of words drawn by Zipf's law; 1 % are exact copies, 5 % copies with a small
+edit. Plain `datasets` does load_dataset, map to messages, train_test_split and save_to_disk. Token lengths are left
+out: MAX_LENGTH is above the longest row, so that no row is tokenised. Every run is a
 process of its own, after one reading of the file, so that all find it in the page cache.
 """
 
@@ -61,12 +61,7 @@ def measure(command: list, cwd: Path) -> tuple[float, float]:
     """(seconds, GB) of a command: wall time, and the largest resident set of it or any of its children."""
     meter = "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]); print('peak', "
     meter += "resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    }
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     began = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-c", meter, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True
@@ -103,9 +98,7 @@ def main() -> None:
                     place.mkdir()
                     seconds, peak = measure([*command, place] if number == 0 else command, place)
                     base = base or seconds
-                    print(
-                        f"  {name:28} {seconds:7.1f} s  {seconds / base:5.2f} x  {peak:5.2f} GB", flush=True
-                    )
+                    print(f"  {name:28} {seconds:7.1f} s  {seconds / base:5.2f} x  {peak:5.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python tests/benchmarks/scores.py
     python tests/benchmarks/scores.py --model_name my_model --rows outputs/evaluation_examples.jsonl
 
-Without --model_name: a Phi model of 6 layers and 256 units with phi-2's vocabulary of 51,200 and random
-weights, and the rows of configs/demo in ChatML. Everything runs in one process, in turns, on the same weights
-and token ids; tokens per second count each row's tokens once, padding not at all. The harness runs at its
-default batch size (1), at others, and at "auto". The nll of every row must agree to 1e-4 (relative).
+Without --model_name: a Phi model of 6 layers and 256 units with phi-2's vocabulary of 51,200 and random weights, and
+the rows of configs/demo in ChatML. Everything runs in one process, in turns, on the same weights and token ids; tokens
+per second count each row's tokens once, padding not at all. The harness runs at its default batch size (1), at others,
+and at "auto". The nll of every row must agree to 1e-4 (relative).
 """
 
 import argparse
@@ -135,14 +135,12 @@ def main() -> None:
             lambda: script.answer(model, tokenizer, prompts, ends, a.new_tokens, None, "prompts")
         )
         batch.append(seconds)
-    texts = [
-        tokenizer.decode([t for t in x if t not in ends], skip_special_tokens=True).strip() for x in alone
-    ]
+    texts = [tokenizer.decode([t for t in x if t not in ends], skip_special_tokens=True).strip() for x in alone]
     same = sum(x == y["answer"] for x, y in zip(texts, together, strict=True))
     one, all_ = statistics.median(loop), statistics.median(batch)
     print(
-        f"{len(prompts)} answers of up to {a.new_tokens} tokens: one by one {one:.1f} s, together "
-        f"{all_:.1f} s: {one / all_:.2f} x; {same} of {len(prompts)} are the same text"
+        f"{len(prompts)} answers of up to {a.new_tokens} tokens: one by one {one:.1f} s, together {all_:.1f} s: "
+        f"{one / all_:.2f} x; {same} of {len(prompts)} are the same text"
     )
 
 
