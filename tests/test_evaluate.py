@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, load_script, ok, refused, run, write_rows
+from conftest import ROOT, SCRIPTS, SHORT, load_script, ok, refused, run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configs import files
 
 METRICS = ["nll_per_token", "answer_quality", "style_match", "helpfulness"]
 MODEL_KEYS = {*METRICS, "perplexity", "bits_per_byte", "scored_tokens", "forgetting", "cost"}
@@ -677,6 +679,14 @@ def test_the_base_in_the_precision_of_lora_stands_beside_it(results, records, ti
     rows, own = of(records, "base", "nll"), of(records, "base_4bit", "nll")
     for a, b in zip(rows, own, strict=True):
         assert all(a[key] == b[key] for key in ("id", "context_ids", "continuation_ids", "tokens"))
+    model = in_4_bits(tiny)
+    for row in own[:4]:
+        nll = plain_nll(model, row["context_ids"], row["continuation_ids"])
+        assert row["nll"] == pytest.approx(nll, rel=1e-5)
+
+
+def in_4_bits(folder: Path):
+    """The model in LoRA's 4 bits, kept from repacking itself for inference (it would on CPUs with avx512_bf16)."""
     from transformers import BitsAndBytesConfig
 
     nf4 = BitsAndBytesConfig(
@@ -685,10 +695,31 @@ def test_the_base_in_the_precision_of_lora_stands_beside_it(results, records, ti
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, quantization_config=nf4).eval()
-    for row in own[:4]:
-        nll = plain_nll(model, row["context_ids"], row["continuation_ids"])
-        assert row["nll"] == pytest.approx(nll, rel=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=nf4)
+    files.keep_4bit_layout(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("instructions", ["as they are", "without bf16"])
+def test_qlora_is_trained_and_scored_with_and_without_bf16_instructions(instructions, tiny, prepared, tmp_path):
+    """A CPU with avx512_bf16 has two ways through bitsandbytes and torch; one without has the second."""
+    folder, env = shutil.copytree(prepared, tmp_path / "work"), dict(os.environ)
+    has = instructions == "as they are" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    if instructions == "without bf16":
+        env["PYTHONPATH"] = str(ROOT / "tests" / "without_bf16")
+    flags = [flag for flag in SHORT if flag not in ("--precision", "fp32")]
+    said = ok(run(SCRIPTS[1], "--model_name", tiny, *flags, cwd=folder, env=env))
+    assert ("torch.bfloat16 (the CPU has bf16" if has else "torch.float32 (the CPU has no bf16") in said
+    log = json.loads((folder / "outputs/lora_model/training_log.json").read_text("utf-8"))
+    assert log["history"][-1]["eval_loss"] < log["history"][0]["eval_loss"]
+    ok(run(SCRIPTS[3], "--model_name", tiny, "--max_new_tokens", "2", "--resamples", "2000", cwd=folder, env=env))
+    lines = (folder / "outputs/evaluation_examples.jsonl").read_text("utf-8").splitlines()
+    own, model = of([json.loads(line) for line in lines], "base_4bit", "nll"), in_4_bits(tiny)
+    assert len(own) == 16
+    for row in own:
+        assert row["nll"] == pytest.approx(plain_nll(model, row["context_ids"], row["continuation_ids"]), rel=1e-5)
 
 
 def test_the_cost_is_the_log_and_the_size_on_disk(evaluated, results):
