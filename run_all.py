@@ -154,10 +154,7 @@ def main() -> None:
     if own["steps"] is not None:
         steps = parse_steps(own["steps"])
         if steps is None:
-            fail(
-                f"--steps {own['steps']!r} is not a list of steps from 1 to 4, e.g. --steps 1,2 or "
-                f"--steps 2-4"
-            )
+            fail(f"--steps {own['steps']!r} is not a list of steps from 1 to 4, e.g. --steps 1,2 or --steps 2-4")
     elif own["yes"]:
         steps = [1, 2, 3, 4]
     elif sys.stdin.isatty():
@@ -170,8 +167,7 @@ def main() -> None:
 
     began, times = time.monotonic(), []
     plan = [
-        (str(n), words["steps"][n - 1], [str(ROOT / SCRIPTS[n - 1]), *flags[SECTIONS[SCRIPTS[n - 1]]]])
-        for n in steps
+        (str(n), words["steps"][n - 1], [str(ROOT / SCRIPTS[n - 1]), *flags[SECTIONS[SCRIPTS[n - 1]]]]) for n in steps
     ]
     asked_for = any("--model_name" in word or "--model-name" in word for word in rest)
     if own["preset"] == "demo" and not asked_for and not (DEMO_MODEL / "config.json").exists():
@@ -191,8 +187,7 @@ def main() -> None:
             language = [] if own["language"] == "en" else ["--language", own["language"]]
             print(f"\n{words['failed'].format(n=number, code=code)}", file=sys.stderr)
             print(
-                f"  python {os.path.relpath(__file__)} "
-                f"{shlex.join(['--steps', ','.join(left), *again, *language])}",
+                f"  python {os.path.relpath(__file__)} {shlex.join(['--steps', ','.join(left), *again, *language])}",
                 file=sys.stderr,
             )
             sys.exit(code)

@@ -17,10 +17,12 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import textwrap
 import tokenize
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, make_dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import NoReturn
@@ -32,6 +34,13 @@ SECTIONS = {
     "2_lora_finetuning.py": "lora",
     "3_full_finetuning.py": "full",
     "4_evaluate_compare.py": "evaluate",
+}
+# A folder that two scripts call by different names: (script, its flag) -> the flag of the other.
+SAME_FOLDER = {
+    ("2_lora_finetuning.py", "output_dir"): ("4_evaluate_compare.py", "lora_dir"),
+    ("3_full_finetuning.py", "output_dir"): ("4_evaluate_compare.py", "full_dir"),
+    ("4_evaluate_compare.py", "lora_dir"): ("2_lora_finetuning.py", "output_dir"),
+    ("4_evaluate_compare.py", "full_dir"): ("3_full_finetuning.py", "output_dir"),
 }
 # The types of settings, in the order in which a text is tried (anything is a str, so that comes last), each
 # with its name for people and an example where the default is None.
@@ -89,6 +98,29 @@ class Constant:
                 example = f"{self.name.lower()}: {json.dumps(self.example, ensure_ascii=False)}"
                 got = _typed(value) + ("; in quotes it would be text" if "str" in self.types else "")
             raise ValueError(f"{self.name} wants {wanted}, e.g. {example}; {source} has {got}") from None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `override` was last told, for `command`: `flags` is {name as the flag has it: text}."""
+
+    script: Path
+    preset: str | None
+    flags: dict[str, str]
+
+
+_run: Run | None = None  # of this process
+
+
+def main_process() -> bool:
+    """True in the only process, or in the first of several."""
+    return os.environ.get("RANK", "") in ("", "0")
+
+
+def say(*words: object) -> None:
+    """Print one line, once per run however many processes there are."""
+    if main_process():
+        print(*words, flush=True)
 
 
 def fail(*problems: object) -> NoReturn:
@@ -447,6 +479,7 @@ def override(constants: dict, argv: list[str] | None = None) -> dict:
     on the main process only, and returns {name: new value} of what changed. `--help` prints the settings and
     exits with 0, mistakes exit with 2.
     """
+    global _run
     if constants.get("__name__") == "__main__":
         sys.excepthook = _end_quietly
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -474,9 +507,75 @@ def override(constants: dict, argv: list[str] | None = None) -> dict:
         old = constants.get(name, known[name].default)
         if value != old or type(value) is not type(old):
             constants[name] = changed[name] = value
-            if os.environ.get("RANK", "") in ("", "0"):
-                print(f"settings: {name} = {value!r} (was {old!r}, from {source})", flush=True)
+            say(f"settings: {name} = {value!r} (was {old!r}, from {source})")
+    _run = Run(script, preset, {constant.flag[2:]: word for _, _, constant, _, word, _ in flags})
     return changed
+
+
+def freeze(constants: dict, **changes: object) -> object:
+    """A script's settings as one frozen object: `settings = freeze(globals())`, then `settings.BATCH_SIZE`.
+
+    constants: the globals() of a script; exactly the names that `read_constants` finds in its `__file__` become
+    attributes, with the values that they have now. changes: values that take their place, such as what "auto"
+    turned out to be: `freeze(globals(), PRECISION="bf16")`. A name that the script lacks is a TypeError.
+
+    It is a frozen dataclass: assigning raises, `vars(settings)` and `dataclasses.asdict(settings)` are
+    {name: value}, `dataclasses.replace(settings, SEED=1)` is a changed copy. Lists and dicts are copies, so what
+    is done to the constants later does not reach it.
+    """
+    known = read_constants(constants["__file__"])
+    if unknown := sorted(changes.keys() - known.keys()):
+        script = Path(constants["__file__"]).name
+        raise TypeError(f"{script} has no setting {unknown[0]}{_near(unknown[0], known)}")
+    return _frozen({name: changes.get(name, constants[name]) for name in known})
+
+
+def _frozen(values: dict) -> object:
+    # a class that is made here cannot be found by its name, so a pickle (datasets' workers) makes it anew
+    again = {"__reduce__": lambda self: (_frozen, (vars(self),))}
+    return make_dataclass("Settings", list(values), frozen=True, namespace=again)(**deepcopy(values))
+
+
+def command(script: str | Path, *words: str) -> str:
+    """The command line that runs `script` with the settings of this run, as a user would type it.
+
+    script: a step ("1_prepare_dataset.py"), `__file__`, or a path below the project's folder. words: what to add;
+    a flag among them beats a carried one. After `2_lora_finetuning.py --preset demo --data_dir d --lora_r 8`,
+    `command("1_prepare_dataset.py", "--seed", "1")` is
+
+        python 1_prepare_dataset.py --preset demo --data_dir d --seed 1
+
+    The same script is given all flags of this run. Another step is given those that it has too with the same
+    default; learning rates and batch sizes, which differ between the methods, are not carried. OUTPUT_DIR of a
+    training is LORA_DIR or FULL_DIR of the evaluation.
+    """
+    path = Path(os.path.abspath((_run.script.parent if _run else ROOT) / script))
+    typed = {word.partition("=")[0][2:].replace("-", "_") for word in map(str, words) if word.startswith("--")}
+    typed |= {name.removeprefix("no_") for name in typed}
+    carried = {} if _run is None else _carried(_run, path)
+    line = [min(os.path.relpath(path), str(path), key=len)]
+    for name, text in carried.items():
+        if name not in typed:
+            line += [f"--{name}={text}"] if text.startswith("--") else [f"--{name}", text]
+    return "python " + shlex.join([*line, *map(str, words)])
+
+
+def _carried(run: Run, path: Path) -> dict[str, str]:
+    """The preset and the flags of `run` that the script `path` is to be given, too."""
+    preset = {"preset": run.preset} if run.preset else {}
+    if path == run.script:
+        return preset | run.flags
+    if not {path.name, run.script.name} <= SECTIONS.keys() or not path.is_file():
+        return {}  # takes no flags of ours
+    own, others, flags = read_constants(run.script), read_constants(path), {}
+    for name, text in run.flags.items():
+        script, renamed = SAME_FOLDER.get((run.script.name, name), (None, None))
+        constant, other = own.get(name.upper()), others.get(name.upper())
+        if script == path.name:
+            flags[renamed] = text
+        elif constant and other and (constant.default, constant.types) == (other.default, other.types):
+            flags[name] = text
+    return preset | flags
 
 
 def _end_quietly(kind: type, error: BaseException, trace: object) -> None:
@@ -495,9 +594,7 @@ def _end_quietly(kind: type, error: BaseException, trace: object) -> None:
 def _help(script: Path, purpose: str, known: dict[str, Constant]) -> str:
     presets = ", ".join(sorted(path.stem for path in script.parent.glob("configs/presets/*.yaml")))
     lines = [purpose.strip(), "", f"usage: python {script.name} [--preset NAME] [--setting VALUE ...]", ""]
-    lines += [
-        f"  --preset NAME\n      settings from a file: {presets or 'none here'}; or a path to a .yaml file"
-    ]
+    lines += [f"  --preset NAME\n      settings from a file: {presets or 'none here'}; or a path to a .yaml file"]
     lines += ["  -h, --help\n      show this text and exit"]
     for group in dict.fromkeys(constant.group for constant in known.values()):
         lines += ["", f"{group}:"]

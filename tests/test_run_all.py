@@ -515,9 +515,7 @@ def test_every_preset_fits_all_four_scripts(preset, capsys):
         constants = {name: constant.default for name, constant in known.items()}
         applied = {"__file__": str(ROOT / script), **constants}
         override(applied, dealt[section])
-        wanted = {
-            key.upper(): value for key, value in (data.get("all") or {}).items() if key.upper() in known
-        }
+        wanted = {key.upper(): value for key, value in (data.get("all") or {}).items() if key.upper() in known}
         wanted |= {key.upper(): value for key, value in (data.get(section) or {}).items()}
         for name, value in wanted.items():
             # PyYAML reads 5e-3 as text; the settings make it a number

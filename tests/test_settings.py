@@ -3,8 +3,11 @@
 Small scripts with the real names are run as a user runs them.
 """
 
+import dataclasses
 import json
 import os
+import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,11 +20,15 @@ from hypothesis import strategies as st
 
 from configs.settings import (
     SECTIONS,
+    command,
     fail,
+    freeze,
     list_presets,
+    main_process,
     override,
     preset_path,
     read_constants,
+    say,
     split_flags,
 )
 
@@ -320,9 +327,7 @@ def test_help(root):
     assert text.startswith("Trains something.") and "Writes: outputs/" in text and "demo" in text
     assert "  --learning_rate float\n" in text and "  --max_train_samples int|None\n" in text
     assert "100% of it after the warm-up, not 50 %s (default: 0.0002)" in text
-    assert (
-        text.index("model:") < text.index("--model_name") < text.index("training:") < text.index("--lora_r")
-    )
+    assert text.index("model:") < text.index("--model_name") < text.index("training:") < text.index("--lora_r")
     assert "(default: none)" in text and "(default: all-linear)" in text
     assert run(root, "lora", "-h").stdout == text
 
@@ -371,9 +376,7 @@ def test_precedence(root):
 
 
 def test_two_methods_differ_in_one_preset(root):
-    preset(
-        root, "lora:\n  learning_rate: 1e-4\nfull:\n  LEARNING_RATE: 1e-5\nall:\n  seed: 7\n  batch_size: 2\n"
-    )
+    preset(root, "lora:\n  learning_rate: 1e-4\nfull:\n  LEARNING_RATE: 1e-5\nall:\n  seed: 7\n  batch_size: 2\n")
     assert value(root, "lora", "LEARNING_RATE", "--preset", "demo") == 1e-4
     assert value(root, "full", "LEARNING_RATE", "--preset", "demo") == 1e-5
     assert value(root, "prepare", "SEED", "--preset", "demo") == 7
@@ -671,3 +674,134 @@ def test_ctrl_c_ends_with_130_and_one_line(root):
     _, errors = child.communicate(timeout=20)
     assert child.returncode == 130
     assert "interrupted" in errors and "Traceback" not in errors
+
+
+# --- say, freeze, command
+
+
+def test_say_prints_once_per_run(capsys, monkeypatch):
+    for rank, printed in ((None, "a 1\n"), ("", "a 1\n"), ("0", "a 1\n"), ("1", "")):
+        monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK", rank)
+        say("a", 1)
+        assert (capsys.readouterr().out, main_process()) == (printed, bool(printed)), rank
+
+
+def constants_of(root, section):
+    """What globals() is in a script: its constants at their defaults, and names that are no settings."""
+    script = root / next(name for name, of in SECTIONS.items() if of == section)
+    defaults = {name: constant.default for name, constant in read_constants(script).items()}
+    return {"__file__": str(script), "DERIVED": 16, "LATER": 3, "json": json, **defaults}
+
+
+def test_freeze(root):
+    constants = constants_of(root, "lora")
+    override(constants, ["--lora_r", "8", "--rates", "1e-4,2e-4"])
+    frozen = freeze(constants, BATCH_SIZE=2)
+    assert list(vars(frozen)) == list(read_constants(root / "2_lora_finetuning.py"))
+    assert (frozen.LORA_R, frozen.BATCH_SIZE, frozen.MODEL_REVISION) == (8, 2, None)
+    assert dataclasses.asdict(frozen) == vars(frozen)
+    # nothing that happens to it, to its copies or to the constants reaches it
+    constants["RATES"].append(1.0)
+    constants["LORA_R"] = 4
+    dataclasses.asdict(frozen)["RATES"].append(1.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        frozen.LORA_R = 4
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        frozen.NEW = 4
+    assert (frozen.LORA_R, frozen.RATES, constants["BATCH_SIZE"]) == (8, [1e-4, 2e-4], 8)
+    assert dataclasses.replace(frozen, LORA_R=2).LORA_R == 2
+    assert vars(pickle.loads(pickle.dumps(frozen))) == vars(frozen)
+
+
+@pytest.mark.parametrize("name", ["LORA_RR", "DERIVED", "LATER", "lora_r"])
+def test_freeze_refuses_a_name_that_is_no_setting(root, name):
+    with pytest.raises(TypeError, match=f"2_lora_finetuning.py has no setting {name}"):
+        freeze(constants_of(root, "lora"), **{name: 1})
+
+
+@pytest.fixture
+def told(root, monkeypatch):
+    """told(section, *flags): override() in this process, as that script; forgotten after the test."""
+    from configs import settings
+
+    monkeypatch.setattr(settings, "_run", None)
+    monkeypatch.chdir(root)
+    return lambda section, *flags: override(constants_of(root, section), list(flags))
+
+
+def test_command_without_a_run_is_the_script_and_the_words(told, monkeypatch):
+    monkeypatch.chdir(REPO)
+    assert command("1_prepare_dataset.py") == "python 1_prepare_dataset.py"
+    assert command("configs/demo/base_model.py") == "python configs/demo/base_model.py"
+    assert (
+        command("4_evaluate_compare.py", "--prompt", "it's") == """python 4_evaluate_compare.py --prompt 'it'"'"'s'"""
+    )
+
+
+def test_command_of_the_same_script_carries_every_flag(told, root):
+    preset(root, "lora: {lora_r: 4}\n")
+    flags = ["--lora-r=8", "--preset", "demo", "--batch_size", "1", "--batch_size", "2", "--no_packing", "--resume"]
+    told("lora", *flags, "--model_name=--odd name", "--rates", "1e-4, 2e-4", "--local_rank", "0")
+    assert command("2_lora_finetuning.py", "--max_steps", "3") == (
+        "python 2_lora_finetuning.py --preset demo --lora_r 8 --batch_size 2 --packing false --resume true "
+        "'--model_name=--odd name' --rates '1e-4, 2e-4' --max_steps 3"
+    )
+    # it is understood as it was meant
+    words = shlex.split(command(root / "2_lora_finetuning.py"))[2:]
+    assert override(constants_of(root, "lora"), words)["RATES"] == [1e-4, 2e-4]
+
+
+@pytest.mark.parametrize("words", [["--batch-size=1"], ["--batch_size", "1", "--no-packing"], ["--preset=other"]])
+def test_a_word_beats_what_is_carried(told, root, words):
+    preset(root, "")
+    told("lora", "--preset", "demo", "--batch_size", "2", "--packing", "true")
+    line = command("2_lora_finetuning.py", *words)
+    assert line.endswith(" " + " ".join(words))
+    for name in ("batch", "packing", "preset"):
+        assert line.count(name) == 1, line
+
+
+def test_command_of_another_step_carries_what_both_mean_alike(told, root):
+    preset(root, "")
+    given = ["--preset=demo", "--model_name", "org/m", "--learning_rate", "1e-3", "--batch_size", "2", "--lora_r", "8"]
+    told("lora", *given)
+    # BATCH_SIZE is 8 in both trainings here and 16 in the evaluation; LORA_R is script 2's alone
+    assert command("1_prepare_dataset.py") == "python 1_prepare_dataset.py --preset demo --model_name org/m"
+    assert command("4_evaluate_compare.py") == "python 4_evaluate_compare.py --preset demo --model_name org/m"
+    assert command("3_full_finetuning.py").endswith("--model_name org/m --learning_rate 1e-3 --batch_size 2")
+    told("evaluate", "--judge", "reward:x")  # the newest run counts
+    assert command("1_prepare_dataset.py", "--seed", "2") == "python 1_prepare_dataset.py --seed 2"
+    # a script without our flags is given none
+    told("lora", *given)
+    assert command("configs/demo/base_model.py") == "python configs/demo/base_model.py"
+
+
+def test_command_between_the_real_scripts(told):
+    def real(section, *flags):
+        override(constants_of(REPO, section), list(flags))
+
+    same = "--model_name m --data_dir d --max_length 64 --seed 1".split()
+    real("lora", *same, "--learning_rate", "1e-3", "--batch_size", "1", "--output_dir", "o", "--max_steps", "2")
+    beside = os.path.relpath(REPO)
+    assert command("1_prepare_dataset.py").endswith("1_prepare_dataset.py " + " ".join(same))
+    assert command("3_full_finetuning.py").endswith("3_full_finetuning.py " + " ".join([*same, "--max_steps", "2"]))
+    assert command("4_evaluate_compare.py").endswith(" --model_name m --data_dir d --seed 1 --lora_dir o")
+    assert command("1_prepare_dataset.py").split()[1] in (
+        f"{beside}/1_prepare_dataset.py",
+        f"{REPO}/1_prepare_dataset.py",
+    )
+    real("full", "--output_dir", "o")
+    assert command("4_evaluate_compare.py").endswith("4_evaluate_compare.py --full_dir o")
+    assert command("2_lora_finetuning.py").endswith("2_lora_finetuning.py")
+    real("evaluate", "--lora_dir", "l", "--full_dir", "f")
+    assert command("2_lora_finetuning.py").endswith("2_lora_finetuning.py --output_dir l")
+    assert command("3_full_finetuning.py").endswith("3_full_finetuning.py --output_dir f")
+
+
+def test_the_script_of_a_command_is_found_from_the_current_folder(told, root, monkeypatch):
+    told("lora")
+    (root / "elsewhere").mkdir()
+    monkeypatch.chdir(root / "elsewhere")
+    assert command("1_prepare_dataset.py") == "python ../1_prepare_dataset.py"
+    monkeypatch.chdir("/")
+    assert command("1_prepare_dataset.py") == f"python {str(root)[1:]}/1_prepare_dataset.py"
