@@ -1,15 +1,15 @@
-"""Makes the demo's base model: a small Phi causal LM and its tokenizer, pre-trained for under a minute on
-this CPU.
-
-Reads:  configs/demo/finance_prose.txt and the statements of finance_templates.py (no row of finance_qa.jsonl)
-Writes: outputs/demo_base_model/: model, tokenizer, and general_text.txt (prose held out from the
-pre-training)
+"""Makes the demo's base model: a small Phi and its tokenizer, pre-trained in under a minute on a CPU.
 
     python configs/demo/base_model.py
 
-It has phi-2's habits (PhiForCausalLM, float16, a bias on the head, `<|endoftext|>` as its only special token,
-no pad token, no chat template), so that the demo meets what the real run meets. It is a toy that knows a
-little textbook finance.
+Reads:  configs/demo/finance_prose.txt, connected prose, and configs/demo/finance_texts.txt, 3,000 short texts;
+        no row of finance_qa.jsonl is among them
+Writes: outputs/demo_base_model/ in the current folder: the model, its tokenizer, and general_text.txt, prose that is
+        held out from the pre-training
+
+It has phi-2's habits (PhiForCausalLM, float16, a bias on the head, `<|endoftext|>` as its only special token, no pad
+token, no chat template), so that the demo meets what the real run meets. It is a toy that knows a little textbook
+finance.
 """
 
 import sys
@@ -28,33 +28,31 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from configs.demo import finance_templates
-
 FOLDER = "outputs/demo_base_model"  # relative to the current folder, as every output is
 END = "<|endoftext|>"
 SEED = 0
 VOCABULARY = 2048
-STATEMENTS, QUESTIONS = 1500, 1500  # short texts of either kind
 STEPS, BATCH, LENGTH = 150, 16, 128  # optimizer steps, sequences a step, tokens a sequence
 LEARNING_RATE = 3e-3
 
 
 def corpus() -> tuple[list[str], list[str]]:
-    """(texts to pre-train on, held-out prose): paragraphs and statements, none of them a row of
-    finance_qa.jsonl."""
-    paragraphs = (ROOT / "configs/demo/finance_prose.txt").read_text("utf-8").strip().split("\n\n")
-    held_out = len(paragraphs) // 10
-    statements = finance_templates.statements(STATEMENTS, seed=1)
-    # a base model of today has read many questions with their answers, as plain text without any chat marker
-    asked = finance_templates.rows(QUESTIONS, seed=2, side=1)
-    statements += ["\n".join(text for text in row.values() if text) for row in asked]
+    """The texts to pre-train on, and the prose that is held out from them.
+
+    Both files hold one text a paragraph. The short texts are 1,500 statements, then 1,500 questions with their worked
+    answers, since a base model of today has read many of those, as plain text without any chat marker.
+    """
+    prose, short = (
+        (ROOT / "configs/demo" / name).read_text("utf-8").strip().split("\n\n")
+        for name in ("finance_prose.txt", "finance_texts.txt")
+    )
+    held_out = len(prose) // 10
     # the prose three times: it is the smaller part, and the only one with connected sentences
-    return paragraphs[:-held_out] * 3 + statements, paragraphs[-held_out:]
+    return prose[:-held_out] * 3 + short, prose[-held_out:]
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on `texts`; every string can be encoded, and the end token is the only special
-    one."""
+    """A byte-level BPE trained on `texts`: it encodes every string, and the end token is its only special one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -88,8 +86,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> PhiForCausalLM:
 
 
 def pretrain(model: PhiForCausalLM, ids: torch.Tensor) -> float:
-    """Train on random windows of `ids` (one long row of token ids); the mean loss of the last 20 steps, in
-    nats."""
+    """Train on random windows of `ids`, one long row of token ids.
+
+    Returns the mean loss of the last 20 steps, in nats per token.
+    """
     random = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, STEPS // 20, STEPS)
@@ -124,8 +124,7 @@ def main() -> None:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(
         f"done: {FOLDER}, {millions:.1f} million parameters, pre-trained on {STEPS * BATCH * LENGTH:,} "
-        f"tokens in "
-        f"{time.monotonic() - began:.0f} s, last loss {loss:.2f} nats per token"
+        f"tokens in {time.monotonic() - began:.0f} s, last loss {loss:.2f} nats per token"
     )
 
 
