@@ -4,6 +4,8 @@ import ast
 import json
 import operator
 import re
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -160,3 +162,14 @@ def test_the_base_model_has_read_no_row(rows, worked):
     told = {left.strip() for text in texts for left, _ in EQUATION.findall(text)}
     assert len(told) == 2050 and len({each for each in sums & told if not each.startswith("72 / ")}) == 3
     assert [wrong for text in texts for wrong in false_equations(text)] == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "code", "text"),
+    [("--help", 0, "under a minute"), ("-h", 0, "finance_texts.txt"), ("--x", 2, "error: unknown argument '--x'")],
+)
+def test_help_of_the_base_model_helps_without_training(flag, code, text, tmp_path):
+    command = [sys.executable, "-X", "importtime", str(DEMO / "base_model.py"), flag]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and text in (done.stderr if code else done.stdout)
+    assert "torch" not in done.stderr and not list(tmp_path.iterdir())

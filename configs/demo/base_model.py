@@ -9,7 +9,7 @@ Writes: outputs/demo_base_model/ in the current folder: the model, its tokenizer
 
 It has phi-2's habits (PhiForCausalLM, float16, a bias on the head, `<|endoftext|>` as its only special token, no pad
 token, no chat template), so that the demo meets what the real run meets. It is a toy that knows a little textbook
-finance.
+finance, and it has no settings: the only argument is --help.
 """
 
 import sys
@@ -20,6 +20,20 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run by its path, python looks for modules beside the script only
 
 from configs import files
+from configs.settings import fail
+
+
+def read_arguments(arguments: list[str]) -> None:
+    """Answer --help with the text at the top of this file, refuse any other argument."""
+    if "-h" in arguments or "--help" in arguments:
+        print((__doc__ or "").strip())
+        raise SystemExit(0)
+    if arguments:
+        fail(*(f"unknown argument {word!r}: base_model.py has no settings, only --help" for word in arguments))
+
+
+if __name__ == "__main__":
+    read_arguments(sys.argv[1:])  # before the imports below, which take seconds
 
 files.go_online()  # nothing is to be fetched
 
