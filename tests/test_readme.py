@@ -95,6 +95,18 @@ def test_both_readmes_have_the_same_commands_in_the_same_order():
     assert english == chinese
 
 
+@pytest.mark.parametrize("readme", READMES)
+def test_it_opens_with_three_sentences_one_command_and_two_forks(readme):
+    opening = text(readme).partition("\n# ")[2].partition("\n## ")[0].partition("\n")[2]
+    assert len(re.findall(r"[.?!](?=\s|$)|[。？！]", opening)) == 3
+    assert blocks(readme)[0] == f"{DEMO}\n"
+    for pattern, (heading, _) in zip(("result|结果", "GPU", "laptop|笔记本"), chapters(readme), strict=False):
+        assert re.search(pattern, heading), f"the chapter on {pattern} is {heading!r}"
+    (_, demo), *forks = chapters(readme)[:3]
+    assert re.search(r"\*\*(Verdict|结论)", demo)
+    assert all(re.search(r"^python run_all\.py --", body, re.MULTILINE) for _, body in forks)
+
+
 def test_continuous_integration_runs_the_command_as_it_stands():
     assert TESTS in text(".ci/run").splitlines()
 
@@ -203,11 +215,16 @@ def anchors(name: str) -> set[str]:
 # --- numbers
 
 
+def chapters(readme: str) -> list[tuple[str, str]]:
+    """(heading, body) of each chapter, in order."""
+    _, *parts = re.split(r"^## (.*)$", text(readme), flags=re.MULTILINE)
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
 def results(readme: str) -> str:
-    """The first chapter, which shows the results."""
-    _, heading, body = re.split(r"^## (.*)$", text(readme), maxsplit=2, flags=re.MULTILINE)[:3]
-    assert re.search(r"result|结果", heading, re.IGNORECASE), f"the first chapter is {heading!r}"
-    return body
+    """The chapters whose numbers were measured: the demo's result, and what a laptop may expect."""
+    (_, demo), _, (_, laptop), *_ = chapters(readme)
+    return re.sub(r"^```.*?^```$", "", demo + laptop, flags=re.MULTILINE | re.DOTALL)
 
 
 def numbers(prose: str) -> list[str]:
@@ -239,12 +256,20 @@ def test_both_readmes_show_the_same_results():
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_the_tables_figures_stand_in_the_log(readme):
+def test_every_figure_of_the_results_stands_in_the_log(readme):
     log = set(numbers(text("LOG.md")))
     for line in results(readme).splitlines():
-        if line.startswith("|"):
-            for number in numbers(line):
-                assert number in log, f"{number} is not in LOG.md: {line}"
+        for number in numbers(line):
+            assert number in log, f"{number} is not in LOG.md: {line}"
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_what_was_computed_for_a_gpu_is_called_computed(readme):
+    log, (_, body) = set(numbers(text("LOG.md"))), chapters(readme)[1]
+    lines = [line for line in body.splitlines() if any("." in n and n not in log for n in numbers(line))]
+    assert len(lines) >= 2
+    for line in lines:
+        assert re.search("computed|计算值", line), line
 
 
 @pytest.mark.parametrize("readme", READMES)
