@@ -283,6 +283,24 @@ def test_nothing_was_left_to_be_filled_in(readme):
     assert not re.search(r"@@|TODO|FIXME|XXX", text(readme))
 
 
+# --- the log
+
+
+def test_every_entry_of_the_log_begins_with_its_verdict():
+    _, *parts = re.split(r"^## (.*)$", text("LOG.md"), flags=re.MULTILINE)
+    titles = [re.sub(r"^20\d\d-\d\d-\d\d: ", "", heading) for heading in parts[::2]]
+    dates = [heading[:10] for heading in parts[::2]]
+    assert len(set(titles)) == len(titles) and dates == sorted(dates, reverse=True)
+    for i, body in enumerate(parts[1::2]):
+        assert body.lstrip().startswith("**Verdict: "), titles[i]
+        assert re.search(r"^(- )?Question: .+\?", body, re.MULTILINE), titles[i]
+        for field in ("command", "commit", "machine"):
+            assert re.search(rf"^(- )?[^:\n]*{field}s?\b[^:\n]*: ", body, re.I | re.M), (titles[i], field)
+        if superseded := re.search(r"^Superseded.*", body, re.MULTILINE):
+            named = re.findall(r'"([^"]+)"', superseded[0])
+            assert named and set(named) <= set(titles[:i]), f"{titles[i]}: no newer entry of that name"
+
+
 # --- requirements
 
 
