@@ -189,7 +189,7 @@ def test_every_preset_is_there_and_every_preset_is_named(readme):
 def test_every_file_is_there(readme):
     own = {path.name for path in ROOT.iterdir()} | {"configs", "tests", "data", "outputs", ".ci"}
     sources = "".join(
-        path.read_text("utf-8") for path in [*map(ROOT.joinpath, SCRIPTS), *ROOT.glob("configs/*.py")]
+        path.read_text("utf-8") for path in [*map(ROOT.joinpath, SCRIPTS), *ROOT.glob("configs/**/*.py")]
     )
     for word in {word for span in spans(readme) for word in span.split()}:
         word = word.removeprefix("./")
@@ -201,6 +201,17 @@ def test_every_file_is_there(readme):
             assert list(ROOT.glob(word)) if "*" in word else (ROOT / word).exists(), word
         elif re.fullmatch(r"\w[\w.-]*\.(py|md)", word) and word not in sources:
             assert (ROOT / word).is_file(), word
+
+
+@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.skipif(not (ROOT / "configs" / "preparation").is_dir(), reason="the folders are not there yet")
+def test_the_layout_is_as_shown(readme):
+    (tree,) = [block for block in blocks(readme) if block.startswith(SCRIPTS[0])]
+    for line in tree.splitlines():
+        place, *names = line.split()
+        assert (ROOT / place).exists(), place
+        for name in names:
+            assert (ROOT / place / name).is_file(), f"{place}{name}"
 
 
 @pytest.mark.parametrize("readme", READMES)
