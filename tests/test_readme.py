@@ -41,9 +41,7 @@ def blocks(readme: str) -> list[str]:
 
 def spans(readme: str) -> list[str]:
     """Everything between single backticks outside of fenced blocks."""
-    return re.findall(
-        r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text(readme), flags=re.MULTILINE | re.DOTALL)
-    )
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text(readme), flags=re.MULTILINE | re.DOTALL))
 
 
 def commands(readme: str) -> list[list[str]]:
@@ -58,9 +56,7 @@ def commands(readme: str) -> list[list[str]]:
                 while words[1:] and re.match(r"[A-Z_]+=", words[0]):
                     words.pop(0)
                 # `accelerate launch` and `python` alone are names of tools, not commands
-                if words and len(words) > {"python": 1, "bash": 1, "accelerate": 2, "pip": 2}.get(
-                    words[0], 99
-                ):
+                if words and len(words) > {"python": 1, "bash": 1, "accelerate": 2, "pip": 2}.get(words[0], 99):
                     found.append(words)
     return found
 
@@ -316,9 +312,7 @@ def test_every_entry_of_the_log_begins_with_its_verdict():
 
 
 def test_every_package_is_pinned_exactly():
-    asked_for = (
-        "torch transformers datasets peft trl accelerate bitsandbytes deepspeed evaluate tensorboard".split()
-    )
+    asked_for = "torch transformers datasets peft trl accelerate bitsandbytes deepspeed evaluate tensorboard".split()
     for name in ("requirements.txt", "tests/requirements.txt"):
         lines = [line.partition("#")[0].strip() for line in text(name).splitlines()]
         pins = [re.fullmatch(r"([\w.-]+)==(\d[\w.+]*)( *;.+)?", line) for line in lines if line]
