@@ -6,103 +6,114 @@ Writes: outputs/lora_model/: final_lora_adapter/, training_log.json, checkpoint-
     python 2_lora_finetuning.py
     accelerate launch 2_lora_finetuning.py --num_epochs 1
 
-Takes about a minute on a laptop with --preset demo. After an interruption the same command goes on.
+Takes about a minute on a laptop with --preset demo. After an interruption the same command resumes the run.
 """
 
 import os
-from types import SimpleNamespace
+from typing import Annotated, Literal
 
-from configs import files
-from configs.settings import fail, override, read_constants
+from configs import hub
+from configs.settings import fail, freeze, override, say
 
 # --- model
 MODEL_NAME = "microsoft/phi-2"  # Hub name or local folder of the base model
-MODEL_REVISION: str | None = None  # branch, tag or commit of the model on the Hub; none is its default branch
+MODEL_REVISION: str | None = None  # branch, tag or commit of the model on the Hub; none: its default branch
 
 # --- data
-DATA_DIR = "data"  # folder that 1_prepare_dataset.py filled
-# A row longer than this is left out, never cut: a cut answer teaches to stop in mid-sentence.
-MAX_LENGTH = 1024  # tokens of prompt and answer together
-MAX_TRAIN_SAMPLES: int | None = None  # use only so many training rows; none is all
-# In-training evaluation should not take more than a tenth of the time.
-MAX_EVAL_SAMPLES: int | None = 500  # use only so many validation rows; none is all
-MAX_DROP_FRACTION = 0.2  # stop when a larger share of the rows does not fit MAX_LENGTH
+DATA_DIR = "data"  # folder with the prepared data, written by 1_prepare_dataset.py
+# A row longer than this is left out, never cut: a cut answer teaches the model to stop in mid-sentence.
+MAX_LENGTH: Annotated[int, "x >= 1"] = 1024  # most tokens of prompt and answer together; longer rows are left out
+MAX_TRAIN_SAMPLES: Annotated[int | None, "x >= 1"] = None  # use only this many training rows; none: all
+# Evaluation during training should not take more than a tenth of the time.
+MAX_EVAL_SAMPLES: Annotated[int | None, "x >= 1"] = 500  # use only this many validation rows; none: all
+MAX_DROP_FRACTION: Annotated[float, "0 <= x <= 1"] = 0.2  # stop when a larger share of the rows exceeds MAX_LENGTH
 
 # --- LoRA
-LORA_R = 16  # rank of the trained matrices
-LORA_ALPHA = 32  # their output is scaled by LORA_ALPHA / LORA_R
-LORA_DROPOUT = 0.05  # dropout in front of them
+LORA_R: Annotated[int, "x >= 1"] = 16  # rank of the trained matrices
+LORA_ALPHA: Annotated[int, "x >= 1"] = 32  # the output of the trained matrices is scaled by LORA_ALPHA / LORA_R
+LORA_DROPOUT: Annotated[float, "0 <= x < 1"] = 0.05  # dropout on the input of the trained matrices
 # The QLoRA paper found that adapting every linear layer matters more than the rank.
-LORA_TARGET_MODULES: str | list = "all-linear"  # layers that get them, or names: q_proj,v_proj
-USE_DORA = False  # DoRA: trains the magnitude of the weights apart from their direction; slower
+LORA_TARGET_MODULES: str | list = "all-linear"  # layers to adapt: all-linear, or names such as q_proj,v_proj
+USE_DORA = False  # DoRA: train the magnitude of the weights apart from their direction; slower
 USE_RSLORA = False  # rsLoRA: scale by LORA_ALPHA / sqrt(LORA_R) instead, for high ranks
-USE_4BIT = True  # hold the frozen base in 4 bits (nf4, bitsandbytes); false is LoRA over 16 bits
-MERGE_ADAPTER = False  # also write merged_model: the 16-bit base with the adapter added, for servers without PEFT
+USE_4BIT = True  # QLoRA: hold the frozen base in 4 bits (nf4, bitsandbytes); false: LoRA over a 16-bit base
+MERGE_ADAPTER = False  # also write merged_model, the 16-bit base with the adapter added, for servers without PEFT
 
 # --- training
 # The QLoRA paper's value for models of up to 13B parameters.
-LEARNING_RATE = 2e-4  # peak learning rate; LoRA's best is about ten times that of full fine-tuning
-NUM_EPOCHS = 3.0  # passes over the training rows
-MAX_STEPS: int | None = None  # stop after so many optimizer steps; none is NUM_EPOCHS
+LEARNING_RATE: Annotated[float, "x > 0"] = 2e-4  # peak learning rate; LoRA's is about ten times full fine-tuning's
+NUM_EPOCHS: Annotated[float, "x > 0"] = 3.0  # passes over the training rows
+MAX_STEPS: Annotated[int | None, "x >= 1"] = None  # stop after this many optimizer steps; none: run NUM_EPOCHS
 # 4 x 4 rows a step, the 16 of 3_full_finetuning.py: both methods take the same steps over the same data.
-BATCH_SIZE = 4  # rows per device and forward pass
-GRADIENT_ACCUMULATION_STEPS = 4  # forward passes per optimizer step
-WARMUP_RATIO = 0.03  # share of all steps in which the learning rate rises from 0 to its peak
-LR_SCHEDULER = "cosine"  # how the learning rate falls after that: cosine, linear, constant_with_warmup
-WEIGHT_DECAY = 0.0  # AdamW's weight decay
-MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
-PRECISION = "auto"  # auto, bf16, fp16 or fp32; auto takes bf16 where the hardware has it
-EARLY_STOPPING_PATIENCE: int | None = None  # stop after so many evaluations without a lower eval_loss
-SEED = 42  # of the order of the rows, dropout and new weights
+BATCH_SIZE: Annotated[int, "x >= 1"] = 4  # rows per device in one forward pass
+GRADIENT_ACCUMULATION_STEPS: Annotated[int, "x >= 1"] = 4  # forward passes per optimizer step
+WARMUP_RATIO: Annotated[float, "0 <= x < 1"] = 0.03  # share of all steps in which the learning rate rises to its peak
+# The library's other schedules need arguments of their own.
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+LR_SCHEDULER: Schedule = "cosine"  # how the learning rate falls after the warm-up
+WEIGHT_DECAY: Annotated[float, "x >= 0"] = 0.0  # AdamW's weight decay
+MAX_GRAD_NORM: Annotated[float, "x >= 0"] = 1.0  # clip gradients to this norm; 0: no clipping
+PRECISION: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where the hardware has it, else fp16 or fp32
+EARLY_STOPPING_PATIENCE: Annotated[int | None, "x >= 1"] = None  # stop after this many evaluations without improvement
+SEED: Annotated[int, "0 <= x < 4_000_000_000"] = 42  # for the order of the rows, dropout and new weights
 
 # --- memory
-# auto leaves it to the memory plan: printed before the model loads, it takes what fits, fastest first.
-OPTIM = "auto"  # auto, or by its transformers name, e.g. adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit
-GRADIENT_CHECKPOINTING: bool | str = "auto"  # auto; true recomputes activations: a third slower, less memory
-PACKING: bool | str = "auto"  # auto, true, false: several rows in one sequence, where attention keeps them apart
+# auto leaves it to the memory plan: printed before the model loads, it takes the fastest way that fits.
+# Of the library's optimizers, these need no further package.
+AdamW = Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"]
+EightBit = Literal["adamw_torch_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit"]
+Other = Literal["lion_32bit", "paged_lion_32bit", "adafactor", "sgd", "adagrad", "rmsprop"]
+Optimizer = Literal["auto"] | AdamW | EightBit | Other
+OPTIM: Optimizer = "auto"  # optimizer, by its name in transformers; auto: as the memory plan says
+GRADIENT_CHECKPOINTING: bool | Literal["auto"] = "auto"  # recompute activations: less memory, a third slower
+PACKING: bool | Literal["auto"] = "auto"  # put several rows in one sequence, where attention keeps them apart
 PLAN_ONLY = False  # print the memory plan and stop
-DEVICE_MEMORY_GB: float | None = None  # plan for a GPU with so much free memory; none asks this machine
+DEVICE_MEMORY_GB: Annotated[float | None, "x > 0"] = None  # plan for this much free GPU memory; none: measure it
 
 # --- logging and checkpoints
-LOGGING_STEPS = 10  # optimizer steps between two records of the loss
-EVAL_STEPS = 0.1  # between two evaluations: below 1 a share of the run, above it optimizer steps
-SAVE_STEPS = 0.1  # between two checkpoints; equal to EVAL_STEPS, so that the best one is there
-SAVE_TOTAL_LIMIT = 2  # checkpoints kept; the best one always is
-# "auto" goes on with an unfinished run of the same settings and data, and starts afresh otherwise.
-RESUME: bool | str = "auto"  # auto; true goes on or fails; false starts afresh
-REPORT_TO = "tensorboard"  # where the Trainer reports to, e.g. tensorboard, wandb, none
+LOGGING_STEPS: Annotated[int, "x >= 1"] = 10  # optimizer steps between two records of the loss
+EVAL_STEPS: Annotated[float, "x > 0"] = 0.1  # between two evaluations; below 1: a share of the run, else steps
+SAVE_STEPS: Annotated[float, "x > 0"] = 0.1  # between two checkpoints; equal to EVAL_STEPS, so that the best is saved
+SAVE_TOTAL_LIMIT: Annotated[int, "x >= 1"] = 2  # checkpoints to keep; the best one always is
+# auto resumes an unfinished run of the same settings and data, and starts afresh otherwise.
+RESUME: bool | Literal["auto"] = "auto"  # true: resume or fail; false: start afresh; auto: resume where it can
+REPORT_TO = "tensorboard"  # where the Trainer reports to: tensorboard, wandb, mlflow, several of them, or none
 
 # --- output
 OUTPUT_DIR = "outputs/lora_model"  # checkpoints, training_log.json, TensorBoard events and the final adapter
 
 if __name__ == "__main__":
-    override(globals())
-    files.go_online(MODEL_NAME)  # first, because the libraries read its answer when they load
+    override(globals(), check=hub.model_problems)
+    hub.go_online(MODEL_NAME)  # first, because the libraries read its answer when they load
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTConfig
 
-from configs import machine, training
+from configs import chat, device, handover
+from configs.training.export import merge_adapter, save_final
+from configs.training.memory import Plan, make_plan
+from configs.training.runlog import RunLog, finish, preflight, resume_point, run
+from configs.training.trainer import ExactTrainer, callbacks, model_config, pack, problems, token_rows
 
 
-def training_arguments(c: SimpleNamespace, dtype: torch.dtype, plan: machine.Plan) -> SFTConfig:
-    """The Trainer's arguments. c: the constants above; dtype: what is computed in; plan: what fits."""
+def training_arguments(settings, dtype: torch.dtype, plan: Plan) -> SFTConfig:
+    """The Trainer's arguments. settings: the constants above; dtype: what is computed in; plan: what fits."""
     return SFTConfig(
-        output_dir=c.OUTPUT_DIR,
+        output_dir=settings.OUTPUT_DIR,
         max_length=None,  # the rows were measured when they were tokenised
         dataset_kwargs={"skip_prepare_dataset": True},
-        learning_rate=c.LEARNING_RATE,
-        num_train_epochs=c.NUM_EPOCHS,
-        max_steps=c.MAX_STEPS or -1,
+        learning_rate=settings.LEARNING_RATE,
+        num_train_epochs=settings.NUM_EPOCHS,
+        max_steps=settings.MAX_STEPS or -1,
         per_device_train_batch_size=plan.batch_size,
         per_device_eval_batch_size=plan.batch_size * 2,  # no gradients, so twice as many rows take less memory
         gradient_accumulation_steps=plan.accumulation,
-        warmup_steps=c.WARMUP_RATIO,
-        lr_scheduler_type=c.LR_SCHEDULER,
-        weight_decay=c.WEIGHT_DECAY,
-        max_grad_norm=c.MAX_GRAD_NORM,
+        warmup_steps=settings.WARMUP_RATIO,
+        lr_scheduler_type=settings.LR_SCHEDULER,
+        weight_decay=settings.WEIGHT_DECAY,
+        max_grad_norm=settings.MAX_GRAD_NORM,
         optim=plan.optim,
         optim_args=plan.optim_args,
         gradient_checkpointing=plan.checkpointing,
@@ -110,100 +121,95 @@ def training_arguments(c: SimpleNamespace, dtype: torch.dtype, plan: machine.Pla
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
-        seed=c.SEED,
-        logging_steps=c.LOGGING_STEPS,
+        seed=settings.SEED,
+        logging_steps=settings.LOGGING_STEPS,
         logging_nan_inf_filter=False,  # a NaN must be seen
         include_num_input_tokens_seen="non_padding",
         eval_strategy="steps",
-        eval_steps=c.EVAL_STEPS,
+        eval_steps=settings.EVAL_STEPS,
         eval_on_start=True,  # the loss before training stands in the log
-        save_steps=c.SAVE_STEPS,
-        save_total_limit=c.SAVE_TOTAL_LIMIT,
+        save_steps=settings.SAVE_STEPS,
+        save_total_limit=settings.SAVE_TOTAL_LIMIT,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         restore_callback_states_from_checkpoint=False,  # RunLog reads its own
-        report_to=c.REPORT_TO.replace(" ", "").split(","),
+        report_to=settings.REPORT_TO.replace(" ", "").split(","),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 
-def adapter_config(c: SimpleNamespace) -> LoraConfig:
+def adapter_config(settings) -> LoraConfig:
     """The adapter that the trainer puts around the base."""
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=c.LORA_R,
-        lora_alpha=c.LORA_ALPHA,
-        lora_dropout=c.LORA_DROPOUT,
-        target_modules=c.LORA_TARGET_MODULES,
-        use_dora=c.USE_DORA,
-        use_rslora=c.USE_RSLORA,
+        r=settings.LORA_R,
+        lora_alpha=settings.LORA_ALPHA,
+        lora_dropout=settings.LORA_DROPOUT,
+        target_modules=settings.LORA_TARGET_MODULES,
+        use_dora=settings.USE_DORA,
+        use_rslora=settings.USE_RSLORA,
     )
 
 
-def build_model(c: SimpleNamespace, dtype: torch.dtype, plan: machine.Plan, device: torch.device) -> PreTrainedModel:
+def build_model(settings, dtype: torch.dtype, plan: Plan, target: torch.device) -> PreTrainedModel:
     """The frozen base, in 4 bits or in `dtype`."""
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    with files.hub_errors("model", c.MODEL_NAME, "MODEL_NAME", c.MODEL_REVISION):
+    with hub.hub_errors("model", settings.MODEL_NAME, "MODEL_NAME", settings.MODEL_REVISION):
         return AutoModelForCausalLM.from_pretrained(
-            files.model_path(c.MODEL_NAME),
-            revision=c.MODEL_REVISION,
+            hub.model_path(settings.MODEL_NAME),
+            revision=settings.MODEL_REVISION,
             dtype=dtype,
             attn_implementation=plan.attention,
-            quantization_config=nf4 if c.USE_4BIT else None,
-            device_map={"": device} if c.USE_4BIT else None,
+            quantization_config=device.nf4(dtype) if settings.USE_4BIT else None,
+            device_map={"": target} if settings.USE_4BIT else None,
         )
 
 
 def main() -> None:
-    c = SimpleNamespace(**{name: globals()[name] for name in read_constants(__file__)})
-    problems = machine.machine_problems() + training.settings_problems(vars(c))
-    problems += files.check_model(MODEL_NAME, MODEL_REVISION)
-    if problems:
-        fail(*problems)
-    manifest = None if PLAN_ONLY else files.read_manifest(DATA_DIR)
-    config = training.model_config(MODEL_NAME, MODEL_REVISION, MAX_LENGTH)
-    dtype, why = machine.precision(PRECISION, DEVICE_MEMORY_GB)
-    files.say(f"precision: {dtype} ({why})")
-    c.USE_4BIT = machine.four_bit(USE_4BIT)
-    if PLAN_ONLY:
-        machine.make_plan(c, config, dtype, MAX_LENGTH, adapter_config(c))
+    settings = freeze(globals(), USE_4BIT=device.four_bit(USE_4BIT))
+    name, revision, length = settings.MODEL_NAME, settings.MODEL_REVISION, settings.MAX_LENGTH
+    if wrong := device.machine_problems() + problems(vars(settings)):
+        fail(*wrong)
+    manifest = None if settings.PLAN_ONLY else handover.read_manifest(settings.DATA_DIR)
+    config, adapter = model_config(name, revision, length), adapter_config(settings)
+    dtype, why = device.precision(settings.PRECISION, settings.DEVICE_MEMORY_GB)
+    say(f"precision: {dtype} ({why})")
+    if settings.PLAN_ONLY:
+        make_plan(settings, config, dtype, length, adapter)
         return
 
-    with files.lock(OUTPUT_DIR):
+    with handover.lock(settings.OUTPUT_DIR):
         # --- data, and what fits
-        tokenizer = files.load_tokenizer(MODEL_NAME, MODEL_REVISION, manifest["settings"]["PROMPT_FORMAT"])
-        fit = (tokenizer, MAX_LENGTH, MAX_DROP_FRACTION)
-        train_rows = training.token_rows(DATA_DIR, "train", MAX_TRAIN_SAMPLES, *fit)
-        eval_rows = training.token_rows(DATA_DIR, "validation", MAX_EVAL_SAMPLES, *fit)
-        plan = machine.make_plan(c, config, dtype, max(train_rows["length"]), adapter_config(c))
-        training.preflight(train_rows, eval_rows, tokenizer, c, plan)
+        tokenizer = chat.load_tokenizer(name, revision, manifest["settings"]["PROMPT_FORMAT"])
+        limits = (tokenizer, length, settings.MAX_DROP_FRACTION)
+        train_rows = token_rows(settings.DATA_DIR, "train", settings.MAX_TRAIN_SAMPLES, *limits)
+        eval_rows = token_rows(settings.DATA_DIR, "validation", settings.MAX_EVAL_SAMPLES, *limits)
+        plan = make_plan(settings, config, dtype, max(train_rows["length"]), adapter)
+        preflight(train_rows, eval_rows, tokenizer, settings, plan)
 
         # --- model and trainer
-        checkpoint = training.resume_point(OUTPUT_DIR, RESUME, vars(c), manifest["manifest_sha256"])
-        os.environ["TENSORBOARD_LOGGING_DIR"] = f"{OUTPUT_DIR}/runs"
-        arguments = training_arguments(c, dtype, plan)  # before the model: ZeRO-3 splits it while it loads
+        checkpoint = resume_point(settings.OUTPUT_DIR, settings.RESUME, vars(settings), manifest["manifest_sha256"])
+        os.environ["TENSORBOARD_LOGGING_DIR"] = f"{settings.OUTPUT_DIR}/runs"
+        arguments = training_arguments(settings, dtype, plan)  # before the model: ZeRO-3 splits it while it loads
         counts = {"train_rows": len(train_rows), "eval_rows": len(eval_rows)}
-        log = training.RunLog("lora", vars(c), plan, manifest, counts, config, checkpoint)
-        trainer = training.ExactTrainer(
-            model=build_model(c, dtype, plan, arguments.device),
+        log = RunLog("lora", vars(settings), plan, manifest, counts, checkpoint)
+        trainer = ExactTrainer(
+            model=build_model(settings, dtype, plan, arguments.device),
             args=arguments,
-            train_dataset=training.pack(train_rows, MAX_LENGTH) if plan.packing else train_rows,
+            train_dataset=pack(train_rows, length) if plan.packing else train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            callbacks=training.callbacks(c, log),
-            peft_config=adapter_config(c),
+            callbacks=callbacks(settings, log),
+            peft_config=adapter,
         )
 
         # --- train and save
-        training.run(trainer, log, checkpoint)
-        training.save_final(trainer, f"{OUTPUT_DIR}/final_lora_adapter", None, log)
-        if MERGE_ADAPTER:
-            training.merge_adapter(trainer, c, eval_rows, log)
-        training.finish(trainer, log)
-        files.say(f"done: {OUTPUT_DIR}: final_lora_adapter, training_log.json, training_curves.png")
+        run(trainer, log, checkpoint)
+        save_final(trainer, "final_lora_adapter", None, log)
+        if settings.MERGE_ADAPTER:
+            merge_adapter(trainer, settings, eval_rows, log)
+        finish(trainer, log)
+        say(f"done: {settings.OUTPUT_DIR}: final_lora_adapter, training_log.json, training_curves.png")
         trainer.end()
 
 

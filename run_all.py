@@ -4,15 +4,8 @@
     python run_all.py --demo                  everything in minutes on a laptop, without a network
     python run_all.py --preset gpu_24gb --steps 2-4 --num_epochs 1 --lora.learning_rate 1e-4
 
-  --preset NAME   settings for your machine, from configs/presets/NAME.yaml
-  --steps LIST    which steps, e.g. 1,2 or 2-4 or all; asks when it is not given
-  --yes           do not ask: all steps
-  --demo          the same as --preset demo --yes
-  --language en   language of the menu: en or zh
-
-Any setting of a step is a flag here too: --num_epochs 1 goes to every step that has it, --lora.learning_rate
-1e-4 to one (prepare, lora, full, evaluate). `python 2_lora_finetuning.py --help` lists the settings of a
-step.
+Any setting of a step is a flag here too: --num_epochs 1 goes to every step that has it, --lora.learning_rate 1e-4
+to one of them (prepare, lora, full or evaluate). `python 2_lora_finetuning.py --help` lists the settings of a step.
 """
 
 import os
@@ -23,10 +16,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
-from configs.settings import SECTIONS, fail, list_presets, split_flags
+from configs.settings import ROOT, SECTIONS, command, fail, list_presets, override_all
 
-ROOT = Path(__file__).resolve().parent
+# --- what to run
+PRESET: str | None = None  # settings for your machine, from configs/presets/NAME.yaml; none: the scripts' own
+STEPS: str | None = None  # which steps, e.g. 1,2 or 2-4 or all; none: ask
+YES = False  # do not ask: all steps
+DEMO = False  # the same as --preset demo --yes
+LANGUAGE: Literal["en", "zh"] = "en"  # language of the menu and of the report
+
+if __name__ == "__main__":
+    flags_of_steps = override_all(globals())
+
 SCRIPTS = list(SECTIONS)
 DEMO_MODEL = Path("outputs/demo_base_model")
 TEXTS = {
@@ -53,28 +56,6 @@ TEXTS = {
         "done": "全部完成，用时 {seconds:.0f} 秒：",
     },
 }
-
-
-def own_flags(argv: list[str]) -> tuple[dict, list[str]]:
-    """run_all's own flags, and the rest, which belongs to the steps."""
-    own = {"steps": None, "yes": False, "language": "en", "preset": None}
-    rest, words = [], list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.partition("=")
-        if name in ("--yes", "--demo") and not equals:
-            own["yes"] = True
-            own["preset"] = "demo" if name == "--demo" else own["preset"]
-        elif name in ("--steps", "--language", "--preset"):
-            if not equals and not words:
-                example = {"--steps": "1,2", "--language": "zh", "--preset": "demo"}[name]
-                fail(f"{name} wants a value, e.g. {name} {example}")
-            own[name[2:]] = value if equals else words.pop(0)
-        else:
-            rest.append(word)
-    if own["language"] not in TEXTS:
-        fail(f"--language {own['language']!r} is not there; choose {' or '.join(TEXTS)}")
-    return own, rest
 
 
 def parse_steps(text: str) -> list[int] | None:
@@ -104,9 +85,12 @@ def ask(words: dict) -> list[int]:
     while True:
         try:
             answer = input(words["ask"])
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:  # Ctrl-D
             print()
             return []
+        except KeyboardInterrupt:
+            print(f"\n{words['nothing']}")
+            sys.exit(130)
         if answer.strip().lower() in ("q", "quit", "exit"):
             return []
         if (steps := parse_steps(answer)) is not None:
@@ -115,8 +99,11 @@ def ask(words: dict) -> list[int]:
 
 
 def run(command: list[str]) -> int:
-    """Run a step as a child process; its exit code. A signal to this process is the child's to act on, and
-    ends the whole run even where the child was about to end well."""
+    """Run a step as a child process; its exit code.
+
+    A signal to this process is the child's to act on, and ends the whole run even where the child was about to end
+    well.
+    """
     child, received = None, []
 
     def note(number: int, frame: object) -> None:
@@ -138,24 +125,17 @@ def run(command: list[str]) -> int:
     return code if code >= 0 else 128 - code  # killed by a signal, as a shell reports it
 
 
-def main() -> None:
-    argv = sys.argv[1:]
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        for name, description in list_presets(ROOT).items():
-            print(f"  {name:12} {description}")
-        return
-    own, rest = own_flags(argv)
-    words = TEXTS[own["language"]]
-    preset = ["--preset", own["preset"]] if own["preset"] else []
-    if own["language"] != "en" and not any("report_language" in word.replace("-", "_") for word in rest):
-        rest = [*rest, "--report_language", own["language"]]  # who reads a Chinese menu wants such a report
-    flags = split_flags(preset + rest, ROOT)
-    if own["steps"] is not None:
-        steps = parse_steps(own["steps"])
+def main(flags: dict[str, list[str]]) -> None:
+    """Run the steps that STEPS, YES or the menu name; `flags` are {section: what its script is given}."""
+    words = TEXTS[LANGUAGE]
+    report_language = f"--report_language={LANGUAGE}"  # who reads a Chinese menu wants such a report
+    if LANGUAGE != "en" and not any(word.startswith("--report_language=") for word in flags["evaluate"]):
+        flags["evaluate"].append(report_language)
+    if STEPS is not None:
+        steps = parse_steps(STEPS)
         if steps is None:
-            fail(f"--steps {own['steps']!r} is not a list of steps from 1 to 4, e.g. --steps 1,2 or --steps 2-4")
-    elif own["yes"]:
+            fail(f"--steps {STEPS!r} is not a list of steps from 1 to 4, e.g. --steps 1,2 or --steps 2-4")
+    elif YES:
         steps = [1, 2, 3, 4]
     elif sys.stdin.isatty():
         steps = ask(words)
@@ -165,31 +145,22 @@ def main() -> None:
         print(words["nothing"])
         return
 
+    plan = [(n, words["steps"][n - 1], ROOT / SCRIPTS[n - 1], flags[SECTIONS[SCRIPTS[n - 1]]]) for n in steps]
+    other_model = any(word.startswith("--model_name=") for given in flags.values() for word in given)
+    if PRESET == "demo" and not other_model and not (DEMO_MODEL / "config.json").exists():
+        plan.insert(0, (0, words["demo_model"], ROOT / "configs" / "demo" / "base_model.py", []))
     began, times = time.monotonic(), []
-    plan = [
-        (str(n), words["steps"][n - 1], [str(ROOT / SCRIPTS[n - 1]), *flags[SECTIONS[SCRIPTS[n - 1]]]]) for n in steps
-    ]
-    asked_for = any("--model_name" in word or "--model-name" in word for word in rest)
-    if own["preset"] == "demo" and not asked_for and not (DEMO_MODEL / "config.json").exists():
-        plan.insert(0, ("0", words["demo_model"], [str(ROOT / "configs" / "demo" / "base_model.py")]))
-    for number, what, command in plan:
-        print(
-            f"\n=== {number}  {what}: python "
-            f"{shlex.join(os.path.relpath(w) if w.endswith('.py') else w for w in command)}"
-        )
-        sys.stdout.flush()
+    for number, what, script, given in plan:
+        print(f"\n=== {number}  {what}: python {shlex.join([os.path.relpath(script), *given])}", flush=True)
         start = time.monotonic()
-        code = run([sys.executable, *command])
+        code = run([sys.executable, str(script), *given])
         times.append((number, what, time.monotonic() - start))
+        if code == 141:  # `| head`: nobody reads on, and the step has ended without a word
+            sys.exit(code)
         if code:
-            left = [str(n) for n in steps if n >= int(number)]
-            again = [w for w in (*preset, *rest)]
-            language = [] if own["language"] == "en" else ["--language", own["language"]]
+            left = ",".join(str(n) for n in steps if n >= number)
             print(f"\n{words['failed'].format(n=number, code=code)}", file=sys.stderr)
-            print(
-                f"  python {os.path.relpath(__file__)} {shlex.join(['--steps', ','.join(left), *again, *language])}",
-                file=sys.stderr,
-            )
+            print(f"  {command(__file__, '--steps', left)}", file=sys.stderr)
             sys.exit(code)
     print(f"\n{words['done'].format(seconds=time.monotonic() - began)}")
     for number, what, seconds in times:
@@ -197,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(flags_of_steps)

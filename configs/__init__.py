@@ -1,5 +1,4 @@
-"""Settings and plumbing of the scripts. Whatever the libraries read from the environment is set here, before they
-load."""
+"""Settings and machinery of the scripts. What the libraries read from the environment is set here, first."""
 
 import logging
 import os

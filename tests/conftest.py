@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,11 +55,16 @@ def ok(result: subprocess.CompletedProcess) -> str:
     return result.stdout
 
 
+def plain(text: str) -> str:
+    """Commands in a text as they are typed where the scripts lie: `python /path/to/1_x.py` is `python 1_x.py`."""
+    return re.sub(r"python \S*?(\d_\w+\.py|run_all\.py)", r"python \1", text)
+
+
 def refused(result: subprocess.CompletedProcess, *said: str) -> list[str]:
     """The `error:` lines of a run that must have ended as the user's mistake: exit code 2, no traceback."""
     assert result.returncode == 2, f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     assert "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    errors = [plain(line) for line in result.stderr.splitlines() if line.startswith("error: ")]
     for words in said:
         assert words in "\n".join(errors), errors
     return errors

@@ -10,14 +10,20 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SHORT, load_script, ok, refused, run, write_rows
+from conftest import ROOT, SCRIPTS, SHORT, load_script, ok, plain, refused, run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from configs import files
+from configs import device
+from configs.evaluation import metrics, scoring, statistics
+from configs.evaluation.candidates import HeldOut
+from configs.evaluation.report import load_words, printable, sentence, summary_table, verdict, write_report
+from configs.preparation.reading import general_text
+from configs.values import read_constants
 
 METRICS = ["nll_per_token", "answer_quality", "style_match", "helpfulness"]
 MODEL_KEYS = {*METRICS, "perplexity", "bits_per_byte", "scored_tokens", "forgetting", "cost"}
@@ -68,30 +74,30 @@ def some_rows(seed: int = 0, n: int = 20) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("name", ["phi", "tied"])
-def test_score_is_the_plain_sum_over_the_continuation(script, request, name):
+def test_score_is_the_plain_sum_over_the_continuation(request, name):
     model, rows = request.getfixturevalue(name), some_rows()
-    got = script.score(model, rows, 300, "test")
+    got = scoring.score(model, rows, 300, "test")
     assert got.shape == (len(rows),) and got.dtype == np.float64
     assert got == pytest.approx([plain_nll(model, *row) for row in rows], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["phi", "tied"])
-def test_score_does_not_depend_on_batches_order_or_padding(script, request, name):
+def test_score_does_not_depend_on_batches_order_or_padding(request, name):
     model, rows = request.getfixturevalue(name), some_rows(1)
-    alone = script.score(model, rows, 1, "one by one")
+    alone = scoring.score(model, rows, 1, "one by one")
     for budget in (90, 10**6):
-        assert script.score(model, rows, budget, "test") == pytest.approx(alone, rel=1e-5)
+        assert scoring.score(model, rows, budget, "test") == pytest.approx(alone, rel=1e-5)
     order = random.Random(2).sample(range(len(rows)), len(rows))
-    shuffled = script.score(model, [rows[i] for i in order], 200, "shuffled")
+    shuffled = scoring.score(model, [rows[i] for i in order], 200, "shuffled")
     assert shuffled == pytest.approx(alone[order], rel=1e-5)
     # one very long companion pads all others
-    beside = script.score(model, [*rows, ([1] * 300, [2] * 200)], 10**6, "padded")
+    beside = scoring.score(model, [*rows, ([1] * 300, [2] * 200)], 10**6, "padded")
     assert beside[:-1] == pytest.approx(alone, rel=1e-5)
 
 
-def test_the_context_is_conditioned_on_and_not_scored(script, phi):
+def test_the_context_is_conditioned_on_and_not_scored(phi):
     first, context, continuation = [7], [3, 50, 200, 8], [12, 90, 4, 400]
-    both, of_context, of_rest, other = script.score(
+    both, of_context, of_rest, other = scoring.score(
         phi,
         [
             (first, context + continuation),
@@ -106,16 +112,16 @@ def test_the_context_is_conditioned_on_and_not_scored(script, phi):
     assert abs(of_rest - other) > 1e-3
 
 
-def test_batches_keep_to_the_budget_and_lose_no_row(script):
+def test_batches_keep_to_the_budget_and_lose_no_row():
     lengths = [random.Random(0).randint(1, 90) for _ in range(10)] + [5, 500, 5, 77, 1]
     for budget in (1, 100, 350, 10**6):
-        found = list(script.batches(list(range(len(lengths))), lengths, budget))
+        found = list(scoring.batches(list(range(len(lengths))), lengths, budget))
         assert sorted(itertools.chain(*found)) == list(range(len(lengths)))
         for batch in found:
             assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
-    assert len(list(script.batches(list(range(len(lengths))), lengths, 10**6))) == 1
-    assert list(script.batches([3, 7], lengths, 10**6)) == [[3, 7] if lengths[3] >= lengths[7] else [7, 3]]
-    assert list(script.batches([], [], 100)) == []
+    assert len(list(scoring.batches(list(range(len(lengths))), lengths, 10**6))) == 1
+    assert list(scoring.batches([3, 7], lengths, 10**6)) == [[3, 7] if lengths[3] >= lengths[7] else [7, 3]]
+    assert list(scoring.batches([], [], 100)) == []
 
 
 # --- answer
@@ -147,7 +153,7 @@ def greedy(model, prompt: list[int], limit: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def test_answers_in_batches_are_those_of_one_prompt_alone(script, talker, tokenizer):
+def test_answers_in_batches_are_those_of_one_prompt_alone(talker, tokenizer):
     draw = random.Random(4)
     prompts = [[draw.randrange(490) for _ in range(length)] for length in (9, 2, 31, 17, 4, 1, 23)]
     limit = 12
@@ -162,7 +168,7 @@ def test_answers_in_batches_are_those_of_one_prompt_alone(script, talker, tokeni
     assert {row["stopped"] for row in expected} == {True, False}, "the example shows only one of both"
     assert len({row["answer"] for row in expected}) > 3
     for size in (1, 3, 100):
-        assert script.answer(talker, tokenizer, prompts, ends, limit, size, "test") == expected
+        assert scoring.answer(talker, tokenizer, prompts, ends, limit, size, "test") == expected
     alone = talker.generate(  # the library's own, too
         torch.tensor([prompts[2]]),
         attention_mask=torch.ones(1, len(prompts[2]), dtype=torch.long),
@@ -174,14 +180,14 @@ def test_answers_in_batches_are_those_of_one_prompt_alone(script, talker, tokeni
     assert tokenizer.decode([t for t in alone if t not in ends]).strip() == expected[2]["answer"]
 
 
-def test_an_answer_ends_at_any_end_and_is_cut_at_the_cap(script, talker, tokenizer):
+def test_an_answer_ends_at_any_end_and_is_cut_at_the_cap(talker, tokenizer):
     prompt = [11, 45, 300]
     tokens = greedy(talker, prompt, 12)
     at = next(n for n in range(2, 12) if tokens[n] not in tokens[:n])
     eos = tokenizer.eos_token_id
 
     def said(ends: list[int], limit: int) -> dict:
-        return script.answer(talker, tokenizer, [prompt], ends, limit, 4, "test")[0]
+        return scoring.answer(talker, tokenizer, [prompt], ends, limit, 4, "test")[0]
 
     def text(n: int) -> str:
         return tokenizer.decode(tokens[:n]).strip()
@@ -204,42 +210,51 @@ ENGLISH = [
 ]
 
 
-def test_rouge_and_chrf_are_the_libraries_on_english(script):
+def style(answer: str, reference: str) -> float:
+    (value,) = metrics.style_match([answer], [reference])
+    return value
+
+
+def helpful(question: str, answer: str, stopped: bool) -> float:
+    (value,) = metrics.helpfulness_proxy([answer], [question], [stopped])
+    return value
+
+
+def test_rouge_and_chrf_are_the_libraries_on_english():
     from rouge_score import rouge_scorer
     from sacrebleu import sentence_chrf
 
     texts, references = map(list, zip(*ENGLISH, strict=True))
     texts[0] = texts[0].replace("don't", "do not")  # the library's own tokenizer splits at the apostrophe, ours too
-    got = script.AnswerQuality().compute(predictions=texts, references=references)
+    both = texts, references
+    rouge_l, chrf, quality = metrics.rouge_l(*both), metrics.chrf(*both), metrics.answer_quality(*both)
     rouge = rouge_scorer.RougeScorer(["rougeL"])
-    for n, (text, reference) in enumerate(zip(texts, references, strict=True)):
-        assert got["rouge_l"][n] == pytest.approx(rouge.score(reference, text)["rougeL"].fmeasure)
-        assert got["chrf"][n] == pytest.approx(sentence_chrf(text, [reference]).score / 100)
-        assert got["rows"][n] == pytest.approx((got["rouge_l"][n] + got["chrf"][n]) / 2)
-    assert 0 < got["rows"][0] < 1
+    for n, (text, reference) in enumerate(zip(*both, strict=True)):
+        assert rouge_l[n] == pytest.approx(rouge.score(reference, text)["rougeL"].fmeasure)
+        assert chrf[n] == pytest.approx(sentence_chrf(text, [reference]).score / 100)
+        assert quality[n] == pytest.approx((rouge_l[n] + chrf[n]) / 2)
+    assert 0 < quality[0] < 1
 
 
-def test_identical_answers_are_perfect_and_empty_ones_worth_nothing(script):
+def test_identical_answers_are_perfect_and_empty_ones_worth_nothing():
     texts = ["Save first. Then invest.", "应急基金是三到六个月的支出。", "- a list\n- of **two**", "42"]
-    got = script.AnswerQuality().compute(predictions=texts, references=texts)
-    assert got["rows"] == pytest.approx([1] * len(texts))
-    assert [script.style_match(text, text) for text in texts] == pytest.approx([1] * len(texts))
-    got = script.AnswerQuality().compute(predictions=[""] * len(texts), references=texts)
-    assert got["rows"] == got["rouge_l"] == got["chrf"] == [0] * len(texts)
-    assert all(script.style_match("", text) <= 0.5 for text in texts)
+    assert metrics.answer_quality(texts, texts) == pytest.approx([1] * len(texts))
+    assert metrics.style_match(texts, texts) == pytest.approx([1] * len(texts))
+    for metric in (metrics.answer_quality, metrics.rouge_l, metrics.chrf):
+        assert metric([""] * len(texts), texts) == [0] * len(texts)
+    assert all(value <= 0.5 for value in metrics.style_match([""] * len(texts), texts))
 
 
-def test_chinese_is_compared_by_characters(script):
+def test_chinese_is_compared_by_characters():
     # four of five characters, in order: precision 4/4, recall 4/5; as one "word" it would be 0
-    got = script.AnswerQuality().compute(predictions=["分散投资"], references=["分散的投资"])
-    assert got["rouge_l"] == pytest.approx([2 * 1 * 0.8 / 1.8])
-    assert script.Words().tokenize("ETF基金2024 naïve_x") == ["etf", "基", "金", "2024", "naïve", "x"]
+    assert metrics.rouge_l(["分散投资"], ["分散的投资"]) == pytest.approx([2 * 1 * 0.8 / 1.8])
+    assert metrics.Words().tokenize("ETF基金2024 naïve_x") == ["etf", "基", "金", "2024", "naïve", "x"]
 
 
-def test_chinese_sentences_end_without_a_space(script):
+def test_chinese_sentences_end_without_a_space():
     one, two = "基金分散风险,债券降低波动,现金随时可用。", "基金分散风险。债券降低波动。现金随时可用。"
-    assert script.style_match(one, two) < 0.9
-    assert script.style_match("Is 3.5 % much?", "Is 3 5 % much?") == pytest.approx(1)  # not the end of a sentence
+    assert style(one, two) < 0.9
+    assert style("Is 3.5 % much?", "Is 3 5 % much?") == pytest.approx(1)  # not the end of a sentence
 
 
 TEXTS = [
@@ -258,56 +273,56 @@ TEXTS = [
 ]
 
 
-def test_style_match_is_symmetric_and_within_0_and_1(script):
+def test_style_match_is_symmetric_and_within_0_and_1():
     for a, b in itertools.product(TEXTS, TEXTS):
-        value = script.style_match(a, b)
-        assert 0 <= value <= 1 and value == pytest.approx(script.style_match(b, a))
+        value = style(a, b)
+        assert 0 <= value <= 1 and value == pytest.approx(style(b, a))
 
 
-def test_each_part_of_the_style_counts(script):
+def test_each_part_of_the_style_counts():
     base = "Save the money in a fund. Keep it for the years."
-    assert script.style_match(base, "Sell the shares in a bank. Hold it for the days.") == pytest.approx(1)
+    assert style(base, "Sell the shares in a bank. Hold it for the days.") == pytest.approx(1)
     for other in (
         f"{base} {base}",  # number of words
         "Save the money in a fund keep it for the years.",  # words per sentence
         "- Save the money in a fund. Keep it for the years.",  # list items
         "Save this money at your fund. Keep them by all years.",  # function words
     ):
-        assert script.style_match(base, other) < 0.95, other
+        assert style(base, other) < 0.95, other
 
 
-def test_helpfulness_has_five_parts_that_each_count(script):
+def test_helpfulness_has_five_parts_that_each_count():
     question, good = "How do bonds protect savings?", "Bonds protect your savings by paying a fixed interest."
     again = "bonds protect savings " * 20
-    assert script.helpfulness_proxy(question, good, True) == 1
-    assert script.helpfulness_proxy(question, good, False) == pytest.approx(0.8)
-    assert script.helpfulness_proxy(question, again, True) == pytest.approx(0.8)
-    assert script.helpfulness_proxy(question, "Nobody ever knows.", True) == pytest.approx(0.8)
+    assert helpful(question, good, True) == 1
+    assert helpful(question, good, False) == pytest.approx(0.8)
+    assert helpful(question, again, True) == pytest.approx(0.8)
+    assert helpful(question, "Nobody ever knows.", True) == pytest.approx(0.8)
     # one of three content words, where half of them would be enough: 2/3 of this part
-    assert script.helpfulness_proxy(question, "Buy bonds now.", True) == pytest.approx((4 + 2 / 3) / 5)
-    assert script.helpfulness_proxy("债券如何保护储蓄?", "Buy now and hold.", True) == pytest.approx(0.6)
-    assert script.helpfulness_proxy("债券如何保护储蓄?", "债券保护您的储蓄。", True) == 1
-    assert script.helpfulness_proxy(question, " \n", True) == pytest.approx(0.2)
-    assert script.helpfulness_proxy(question, "", False) == 0
+    assert helpful(question, "Buy bonds now.", True) == pytest.approx((4 + 2 / 3) / 5)
+    assert helpful("债券如何保护储蓄?", "Buy now and hold.", True) == pytest.approx(0.6)
+    assert helpful("债券如何保护储蓄?", "债券保护您的储蓄。", True) == 1
+    assert helpful(question, " \n", True) == pytest.approx(0.2)
+    assert helpful(question, "", False) == 0
     for asked, text, stopped in itertools.product(TEXTS, TEXTS, (True, False)):
-        assert 0 <= script.helpfulness_proxy(asked, text, stopped) <= 1
+        assert 0 <= helpful(asked, text, stopped) <= 1
 
 
-def test_repetitive(script):
-    assert script.repetitive("buy low sell high " * 10)
-    assert script.repetitive("复利" * 20)
-    assert not script.repetitive(" ".join(f"word{n}" for n in range(40)))
-    assert not script.repetitive("no no no no no")  # too short to say
-    assert not script.repetitive("")
+def test_repetitive():
+    assert metrics.repetitive("buy low sell high " * 10)
+    assert metrics.repetitive("复利" * 20)
+    assert not metrics.repetitive(" ".join(f"word{n}" for n in range(40)))
+    assert not metrics.repetitive("no no no no no")  # too short to say
+    assert not metrics.repetitive("")
     half = " ".join(f"word{n}" for n in range(30))
-    assert not script.repetitive(f"{half} {half}")  # one repetition is emphasis
-    assert script.repetitive(f"{half} {half} {half}")
+    assert not metrics.repetitive(f"{half} {half}")  # one repetition is emphasis
+    assert metrics.repetitive(f"{half} {half} {half}")
 
 
 # --- statistics
 
 
-def simulate(script, n: int, sets: int, seed: int, grouped: bool) -> tuple[float, float]:
+def simulate(n: int, sets: int, seed: int, grouped: bool) -> tuple[float, float]:
     """(coverage of 0 by the intervals, share of p-values below .05) over data sets without a difference.
 
     A shift of the true difference moves data, interval and truth alike: zero loses no generality.
@@ -318,23 +333,23 @@ def simulate(script, n: int, sets: int, seed: int, grouped: bool) -> tuple[float
     # rows with one question are alike: most of the difference is the question's
     shared = np.take_along_axis(draw.normal(0, 0.2, (sets, n)), group, 1)
     a = tokens * (2 + shared + draw.normal(0, 0.1, (sets, n)))
-    found = [script.compare(a[i], 2 * tokens[i], tokens[i], group[i].tolist(), 2000, i) for i in range(sets)]
+    found = [statistics.compare(a[i], 2 * tokens[i], tokens[i], group[i].tolist(), 2000, i) for i in range(sets)]
     covered = np.mean([c["ci95"][0] <= 0 <= c["ci95"][1] for c in found])
     return float(covered), float(np.mean([c["p_value"] < 0.05 for c in found]))
 
 
 @pytest.mark.parametrize("n, grouped", [(100, False), (150, True)])
-def test_intervals_cover_and_p_values_are_uniform_without_a_difference(script, n, grouped):
-    covered, below = simulate(script, n, 600, 7, grouped)
+def test_intervals_cover_and_p_values_are_uniform_without_a_difference(n, grouped):
+    covered, below = simulate(n, 600, 7, grouped)
     assert 0.93 <= covered <= 0.97
     assert 0.02 <= below <= 0.08
 
 
-def test_identical_models_do_not_differ_at_all(script):
+def test_identical_models_do_not_differ_at_all():
     draw = np.random.default_rng(0)
     nll, tokens = draw.gamma(2, 30, 50), draw.integers(1, 90, 50)
     for groups in (list(range(50)), [n % 2 for n in range(50)], [n // 3 for n in range(50)]):
-        found = script.compare(nll, nll.copy(), tokens, groups, 2000, 1)
+        found = statistics.compare(nll, nll.copy(), tokens, groups, 2000, 1)
         assert found == {
             "difference": 0.0,
             "ci95": [0.0, 0.0],
@@ -344,45 +359,45 @@ def test_identical_models_do_not_differ_at_all(script):
             "smallest_detectable": 0.0,
         }
         row = {"a": "lora", "b": "base", "metric": "nll_per_token", **found}
-        assert "no difference" in script.verdict({"comparisons": [row]}, script.load_words("en"))
+        assert "no difference" in verdict({"comparisons": [row]}, PAIRS, load_words("en"))
 
 
-def test_a_planted_difference_is_found_and_has_its_size(script):
+def test_a_planted_difference_is_found_and_has_its_size():
     draw = np.random.default_rng(0)
     tokens = draw.integers(5, 90, 120)
     b = tokens * draw.normal(2, 0.3, 120)
     a = b + tokens * draw.normal(0.1, 0.2, 120)
-    found = script.compare(a, b, tokens, list(range(120)), 2000, 1)
+    found = statistics.compare(a, b, tokens, list(range(120)), 2000, 1)
     assert found["difference"] == pytest.approx((a - b).sum() / tokens.sum())
     assert 0 < found["ci95"][0] < found["difference"] < found["ci95"][1] and found["p_value"] < 0.01
-    back = script.compare(b, a, tokens, list(range(120)), 2000, 1)
+    back = statistics.compare(b, a, tokens, list(range(120)), 2000, 1)
     assert back["difference"] == -found["difference"] and back["ci95"][1] < 0
     assert back["p_value"] == found["p_value"]
 
 
-def test_p_is_never_below_that_of_all_sign_flips(script):
+def test_p_is_never_below_that_of_all_sign_flips():
     a = np.array([1.0, 2.0, 3.0, -0.5, 2.5, 0.7])
     sums = [abs(np.dot(signs, a)) for signs in itertools.product((-1, 1), repeat=len(a))]
     exact = np.mean([value >= abs(a.sum()) - 1e-9 for value in sums])
-    assert script.sign_flip_p(a, 20000, 3) == pytest.approx(exact, abs=0.01)
-    found = script.compare(a, np.zeros(6), np.ones(6), list(range(6)), 20000, 3)
+    assert statistics.sign_flip_p(a, 20000, 3) == pytest.approx(exact, abs=0.01)
+    found = statistics.compare(a, np.zeros(6), np.ones(6), list(range(6)), 20000, 3)
     assert found["p_value"] == pytest.approx(exact, abs=0.01)
     # five groups have 32 patterns of signs: whatever they show, it may be one of them
     for n in (2, 3, 5):
-        found = script.compare(np.arange(1, n + 1.0), np.zeros(n), np.ones(n), list(range(n)), 4000, 3)
+        found = statistics.compare(np.arange(1, n + 1.0), np.zeros(n), np.ones(n), list(range(n)), 4000, 3)
         assert found["p_value"] >= 2.0 ** (1 - n) * 0.85
 
 
-def test_what_is_no_number_or_a_single_group_is_not_compared(script):
+def test_what_is_no_number_or_a_single_group_is_not_compared():
     one, values = np.ones(20), np.arange(20.0)
     for a, groups in ((values, ["x"] * 20), (values * math.nan, range(20)), (np.full(20, math.inf), range(20))):
         with pytest.raises(ValueError):
-            script.compare(a, np.zeros(20), one, list(groups), 2000, 1)
+            statistics.compare(a, np.zeros(20), one, list(groups), 2000, 1)
 
 
 @pytest.mark.parametrize("n", [5, 20, 100])
 @pytest.mark.parametrize("kind", ["normal", "exponential", "t3"])
-def test_intervals_cover_skewed_and_heavy_tailed_differences(script, n, kind):
+def test_intervals_cover_skewed_and_heavy_tailed_differences(n, kind):
     """Percentile intervals cover 90 % and less of such data; studentised ones do."""
     draw, sets, covered = np.random.default_rng(11), 250, 0
     of = {
@@ -391,27 +406,39 @@ def test_intervals_cover_skewed_and_heavy_tailed_differences(script, n, kind):
         "t3": lambda: draw.standard_t(3, n),
     }[kind]
     for seed in range(sets):
-        c = script.compare(of(), np.zeros(n), np.ones(n), list(range(n)), 2000, seed)
+        c = statistics.compare(of(), np.zeros(n), np.ones(n), list(range(n)), 2000, seed)
         covered += c["ci95"][0] <= 0 <= c["ci95"][1]
     assert covered / sets >= (0.86 if n == 5 else 0.89 if kind == "t3" else 0.92)
 
 
-def test_the_seed_decides_the_resampling(script):
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.6, -3.7])
+@pytest.mark.parametrize("n", [10, 16, 40])
+def test_differences_that_are_nearly_all_equal_have_an_interval_of_their_size(value, n):
+    """Many samples of such differences are of equal values alone, whose spread is nothing but rounding."""
+    d = np.full(n, value)
+    d[0] += 0.05
+    found = statistics.compare(d, np.zeros(n), np.ones(n), list(range(n)), 2000, 1)
+    low, high = found["ci95"]
+    assert d.min() - 0.01 <= low <= found["difference"] + 1e-9
+    assert found["difference"] - 1e-9 <= high <= d.max()
+
+
+def test_the_seed_decides_the_resampling():
     draw = np.random.default_rng(0)
     data = (draw.normal(0, 1, 60), draw.normal(0, 1, 60), np.ones(60), list(range(60)))
-    one = script.compare(*data, 2500, 1)
-    assert one == script.compare(*data, 2500, 1)
-    other = script.compare(*data, 2500, 2)
+    one = statistics.compare(*data, 2500, 1)
+    assert one == statistics.compare(*data, 2500, 1)
+    other = statistics.compare(*data, 2500, 2)
     assert other["ci95"] != one["ci95"] and other["difference"] == one["difference"]
 
 
-def test_copies_of_a_row_do_not_make_the_interval_narrower(script):
+def test_copies_of_a_row_do_not_make_the_interval_narrower():
     draw = np.random.default_rng(0)
     a, groups = draw.normal(0.1, 1, 80), list(range(80))
-    one = script.compare(a, np.zeros(80), np.ones(80), groups, 4000, 1)
+    one = statistics.compare(a, np.zeros(80), np.ones(80), groups, 4000, 1)
     copies = np.tile(a, 4), np.zeros(320), np.ones(320)
-    together = script.compare(*copies, groups * 4, 4000, 1)
-    apart = script.compare(*copies, list(range(320)), 4000, 1)
+    together = statistics.compare(*copies, groups * 4, 4000, 1)
+    apart = statistics.compare(*copies, list(range(320)), 4000, 1)
 
     def width(c: dict) -> float:
         return c["ci95"][1] - c["ci95"][0]
@@ -422,32 +449,93 @@ def test_copies_of_a_row_do_not_make_the_interval_narrower(script):
     assert together["difference"] == pytest.approx(apart["difference"]) and together["n"] == 320
 
 
-def test_holm_by_hand(script):
+def test_holm_by_hand():
     # .01 x 3 = .03; .03 x 2 = .06; .04 x 1 = .04, but not below the one before
-    rows = [{"metric": "x", "p_value": p} for p in (0.01, 0.04, 0.03)] + [{"metric": "y", "p_value": 0.04}]
-    script.holm(rows)
-    assert [row["p_value"] for row in rows] == pytest.approx([0.03, 0.06, 0.06, 0.04])
-    rows = [{"metric": "x", "p_value": p} for p in (0.9, 0.5, 0.5)]
-    script.holm(rows)
-    assert [row["p_value"] for row in rows] == [1, 1, 1]
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([0.04]) == [0.04] and statistics.holm([]) == []
+    assert statistics.holm([0.9, 0.5, 0.5]) == [1, 1, 1]
 
 
-def test_holm_keeps_the_order_and_never_lowers_a_p_value(script):
+def test_holm_keeps_the_order_and_never_lowers_a_p_value():
     draw = random.Random(0)
     for _ in range(200):
         before = [draw.random() ** 3 for _ in range(draw.randint(1, 5))]
-        rows = [{"metric": "x", "p_value": p} for p in before]
-        script.holm(rows)
-        after = [row["p_value"] for row in rows]
+        given = list(before)
+        after = statistics.holm(given)
+        assert given == before  # what it was given is left as it is
         assert all(p <= q <= 1 for p, q in zip(before, after, strict=True))
         order = sorted(range(len(before)), key=before.__getitem__)
         assert [after[i] for i in order] == sorted(after)
         assert min(after) == pytest.approx(min(1, min(before) * len(before)))
 
 
+def by_model(script, n: int = 40) -> dict[str, dict]:
+    """Rows of four models in three metrics; the base in 4 bits answers nothing."""
+    draw, groups = np.random.default_rng(3), [k // 2 for k in range(n)]
+    tokens = draw.integers(5, 90, n)
+    found = {}
+    for label, better in (("base", 0.0), ("base_4bit", -0.05), ("lora", 0.07), ("full", 0.1)):
+        nll = tokens * (2 - better + draw.normal(0, 0.2, n))
+        found[label] = {"nll_per_token": script.Rows(nll, tokens, groups)}
+        if label != "base_4bit":
+            found[label]["style_match"] = script.Rows(draw.normal(0.5 + better, 0.3, n), np.ones(n), groups)
+            found[label]["helpfulness"] = script.Rows(draw.integers(0, 2, n) + 0.0, np.ones(n), groups)
+    return found
+
+
+def test_the_pairs_of_a_metric_are_a_family_and_those_of_the_4_bits_another(script):
+    settings, models = SimpleNamespace(RESAMPLES=2000, SEED=5), by_model(script)
+    expected = []
+    for metric, families in (
+        ("nll_per_token", (PAIRS, PAIRS_4BIT)),
+        ("style_match", (PAIRS,)),
+        ("helpfulness", (PAIRS,)),
+    ):
+        for family in families:
+            alone = []
+            for a, b in family:
+                (of_a, weight, groups), (of_b, _, _) = models[a][metric], models[b][metric]
+                outcome = statistics.compare(of_a, of_b, weight, groups, 2000, 5, len(family))
+                alone.append({"a": a, "b": b, "metric": metric} | outcome)
+            adjusted = statistics.holm([c["p_value"] for c in alone])
+            assert adjusted != [c["p_value"] for c in alone], "the example shows no correction"
+            expected += [c | {"p_value": p} for c, p in zip(alone, adjusted, strict=True)]
+    assert script.compare_all(settings, models) == expected
+    # without the full model one pair is left, and nothing to correct or to allow for
+    del models["full"]
+    found = {(c["metric"], c["a"], c["b"]): c for c in script.compare_all(settings, models)}
+    assert list(found) == [
+        ("nll_per_token", "lora", "base"),
+        *(("nll_per_token", *pair) for pair in PAIRS_4BIT),
+        ("style_match", "lora", "base"),
+        ("helpfulness", "lora", "base"),
+    ]
+    (of_a, weight, groups), (of_b, _, _) = models["lora"]["style_match"], models["base"]["style_match"]
+    alone = statistics.compare(of_a, of_b, weight, groups, 2000, 5)
+    assert found["style_match", "lora", "base"] == {"a": "lora", "b": "base", "metric": "style_match"} | alone
+
+
+def test_what_a_judge_did_not_answer_is_left_out_of_both_models(script):
+    settings, models = SimpleNamespace(RESAMPLES=2000, SEED=5), by_model(script)
+    lora, base = models["lora"]["helpfulness"], models["base"]["helpfulness"]
+    lora.values[3], base.values[[3, 10, 11]] = math.nan, math.nan
+    (found,) = [
+        c
+        for c in script.compare_all(settings, models)
+        if (c["metric"], c["a"], c["b"]) == ("helpfulness", "lora", "base")
+    ]
+    kept = [n for n in range(40) if n not in (3, 10, 11)]
+    assert found["difference"] == pytest.approx((lora.values[kept] - base.values[kept]).mean())
+    assert found["n"] == 37 and found["groups"] == 19  # rows 10 and 11 were a group
+    assert lora.mean == pytest.approx(lora.values[[n for n in range(40) if n != 3]].mean())
+    # a single observation has no spread
+    base.values[2:] = math.nan
+    assert [c["b"] for c in script.compare_all(settings, models) if c["metric"] == "helpfulness"] == ["lora"]
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_the_verdict_follows_the_interval_and_the_test(script, language):
-    words, draw = script.load_words(language), random.Random(0)
+def test_the_verdict_follows_the_interval_and_the_test(language):
+    words, draw = load_words(language), random.Random(0)
     said_of = {"better": "优于", "worse": "劣于", "no difference": "看不出差异", "not decided": "尚无定论"}
     said_of = {key: key for key in said_of} if language == "en" else said_of
     cases = [(0.0, 0.2), (-0.2, 0.0), (0.0, 0.0)] + [
@@ -457,17 +545,20 @@ def test_the_verdict_follows_the_interval_and_the_test(script, language):
         for p in (0.01, 0.2):
             row = {"a": "lora", "b": "base", "metric": "nll_per_token", "difference": (low + high) / 2}
             row |= {"ci95": [low, high], "p_value": p, "n": 9}
-            said = script.verdict({"comparisons": [row]}, words)
+            said = verdict({"comparisons": [row]}, PAIRS, words)
             wanted = "no difference" if low <= 0 <= high else "better" if high < 0 else "worse"
             wanted = "not decided" if wanted != "no difference" and p > 0.05 else wanted
             assert {key for key, text in said_of.items() if text in said} == {wanted}, said
     # the sentence is about nll alone: other metrics have another direction
     other = {"a": "lora", "b": "base", "metric": "style_match", "difference": 1.0, "ci95": [0.9, 1.1]}
-    assert words["lora"] not in script.verdict({"comparisons": [other]}, words)
+    assert words["lora"] not in verdict({"comparisons": [other]}, PAIRS, words)
+    # and about these pairs alone
+    control = row | {"b": "base_4bit", "ci95": [-2, -1], "p_value": 0.001}
+    assert words["lora"] not in verdict({"comparisons": [control]}, PAIRS, words)
     # nor is a comparison with an unsound model a verdict
     unsound = [("other_data", {"name": "lora", "command": "python x.py"})]
     row |= {"ci95": [-2, -1], "p_value": 0.001}
-    said = script.verdict({"comparisons": [row], "unsound": unsound}, words)
+    said = verdict({"comparisons": [row], "unsound": unsound}, PAIRS, words)
     assert not [text for text in said_of.values() if text in said] and "python x.py" in said
 
 
@@ -486,14 +577,12 @@ def fair(trained) -> dict[str, dict]:
 
 
 def unfair(script, fair: dict, change, rows: int = 100, cut: dict | None = None) -> list[str]:
-    from types import SimpleNamespace
-
     logs = copy.deepcopy(fair)
     change(logs)
     cut = {"lora": 0, "full": 0} if cut is None else cut
-    notes = script.fairness(logs, rows, SimpleNamespace(MAX_NEW_TOKENS=64), cut)
-    assert all(script.say(note, script.load_words("zh")) for note in notes)
-    return [script.say(note, script.load_words("en")) for note in notes]
+    notes = script.fairness(logs, rows, SimpleNamespace(MAX_NEW_TOKENS=64), cut, questions=rows, prompts=100)
+    assert all(sentence(note, load_words("zh")) for note in notes)
+    return [sentence(note, load_words("en")) for note in notes]
 
 
 def setting(method: str, **values):
@@ -535,10 +624,10 @@ def same_rate(logs: dict) -> None:
         (setting("full", MAX_STEPS=300), "differ in MAX_STEPS: None (lora), 300 (full)"),
         (setting("full", MAX_LENGTH=512), "differ in MAX_LENGTH: 1024 (lora), 512 (full)"),
         (setting("lora", MAX_TRAIN_SAMPLES=9), "differ in MAX_TRAIN_SAMPLES: 9 (lora), None (full)"),
-        (setting("lora", BATCH_SIZE=4), "differ in rows per step: 8 (lora), 4 (full)"),
-        (setting("full", GRADIENT_ACCUMULATION_STEPS=1), "differ in rows per step: 4 (lora), 2 (full)"),
-        (two_processes, "differ in rows per step: 4 (lora), 8 (full)"),
-        (same_rate, "both methods had the learning rate"),
+        (setting("lora", BATCH_SIZE=4), "differ in effective batch size: 8 (lora), 4 (full)"),
+        (setting("full", GRADIENT_ACCUMULATION_STEPS=1), "differ in effective batch size: 4 (lora), 2 (full)"),
+        (two_processes, "differ in effective batch size: 4 (lora), 8 (full)"),
+        (same_rate, "both methods were trained with the learning rate"),
         (fewer_rows, "trained on different numbers of rows"),
         (lambda logs: logs["full"]["data"].update(manifest_sha256="0"), "trained on different data"),
         (summary("lora", steps=30, epochs=0.3), "lora never left its warm-up (30 steps)"),
@@ -569,8 +658,6 @@ def test_warm_up_is_counted_in_the_steps_that_were_asked_for(script, fair, train
 def test_few_rows_and_cut_answers_are_named(script, fair):
     (found,) = unfair(script, fair, nothing, rows=99)
     assert "only 99 rows" in found and "99 different questions" in found
-    from types import SimpleNamespace
-
     notes = script.fairness(fair, 200, SimpleNamespace(MAX_NEW_TOKENS=9), {}, questions=7, prompts=29)
     assert [key for key, _ in notes] == ["too_few_rows", "few_prompts"]
     (found,) = unfair(script, fair, nothing, cut={"lora": 0, "full": 3})
@@ -612,6 +699,12 @@ def records(evaluated) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def shown(results: dict, language: str = "en", **changed) -> dict:
+    """`results` as write_report wants them: with the sentences of a language, and which direction is better."""
+    said = verdict(results, PAIRS, load_words(language))
+    return results | {"verdict": said, "warnings": []} | changed
+
+
 def of(records: list[dict], name: str, key: str) -> list[dict]:
     return [row for row in records if row["model"] == name and key in row]
 
@@ -636,7 +729,7 @@ def test_the_files_are_these_and_no_others(evaluated):
 
 def test_the_results_have_the_agreed_keys(results):
     agreed = {"environment", "settings", "data", "models", "comparisons", "warnings"}
-    assert set(results) == agreed | {"judge", "unsound", "verdict"}
+    assert set(results) == agreed | {"judge", "unsound", "verdict", "metrics"}
     assert results["judge"] is None and results["unsound"] == []
     assert list(results["models"]) == ["base", "lora", "full"]
     for name, model in results["models"].items():
@@ -696,7 +789,7 @@ def in_4_bits(folder: Path):
         bnb_4bit_compute_dtype=torch.float32,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=nf4)
-    files.keep_4bit_layout(model)
+    device.keep_4bit_layout(model)
     return model.eval()
 
 
@@ -730,11 +823,12 @@ def test_the_cost_is_the_log_and_the_size_on_disk(evaluated, results):
         keys = ("train_runtime_s", "tokens", "tokens_per_second", "peak_memory_bytes")
         assert results["models"][name]["cost"] == {key: log["summary"][key] for key in keys} | {
             "trainable": log["parameters"]["trainable"],
-            "disk_bytes": sum(p.stat().st_size for p in (folder / final).iterdir()),
+            # the card grows by the test scores
+            "disk_bytes": sum(p.stat().st_size for p in (folder / final).iterdir() if p.name != "README.md"),
         }
 
 
-def test_the_examples_add_up_to_the_results(script, results, records):
+def test_the_examples_add_up_to_the_results(results, records):
     assert len(records) == 3 * (16 + 16) + 16
     for name, model in results["models"].items():
         rows, asked = of(records, name, "nll"), of(records, name, "answer")
@@ -746,11 +840,19 @@ def test_the_examples_add_up_to_the_results(script, results, records):
         assert model["nll_per_token"] == pytest.approx(nll / tokens)
         assert model["bits_per_byte"] == pytest.approx(nll / math.log(2) / sum(row["bytes"] for row in rows))
         texts, references = [r["answer"] for r in asked], [r["reference"] for r in asked]
-        quality = script.AnswerQuality().compute(predictions=texts, references=references)["rows"]
-        style = [script.style_match(*pair) for pair in zip(texts, references, strict=True)]
-        useful = [script.helpfulness_proxy(r["prompt"][-1]["content"], r["answer"], r["stopped"]) for r in asked]
-        for key, values in (("answer_quality", quality), ("style_match", style), ("helpfulness", useful)):
+        quality, form = metrics.answer_quality(texts, references), metrics.style_match(texts, references)
+        useful = [helpful(r["prompt"][-1]["content"], r["answer"], r["stopped"]) for r in asked]
+        for key, values in (("answer_quality", quality), ("style_match", form), ("helpfulness", useful)):
             assert model[key] == pytest.approx(np.mean(values)), key
+        for key, values in (
+            ("rouge_l", metrics.rouge_l(texts, references)),
+            ("chrf", metrics.chrf(texts, references)),
+            ("helpfulness_proxy", useful),
+            ("stopped", [r["stopped"] for r in asked]),
+            ("repetitive", list(map(metrics.repetitive, texts))),
+            ("empty", [text == "" for text in texts]),
+        ):
+            assert model["answers"][key] == pytest.approx(np.mean(values)), key
     assert results["models"]["full"]["answer_quality"] > 0, "no model said anything: the example shows nothing"
 
 
@@ -842,23 +944,35 @@ def test_helpfulness_is_called_a_proxy_wherever_it_is_shown(evaluated):
     assert [line for line in lines if "proxy" not in line] == []
 
 
-def test_the_report_and_the_table_show_the_results(evaluated, results, script):
+def test_the_report_and_the_table_show_the_results(evaluated, results):
     folder, printed = evaluated
     page = Page((folder / "outputs/evaluation_report.html").read_text("utf-8"))
     rows = {row[0]: row[1:] for row in page.rows}
     models = results["models"].values()
     assert rows["perplexity of the answers (lower is better)"][:3] == [f"{m['perplexity']:.2f}" for m in models]
     assert rows["bits per byte on general text"][:3] == [f"{m['forgetting']['bits_per_byte']:.3f}" for m in models]
-    words = script.load_words("en")
-    assert results["verdict"] == script.verdict(results, words)
+    words = load_words("en")
+    assert results["verdict"] == verdict(results, PAIRS, words)
     assert results["verdict"] in printed and results["verdict"] in page.text
-    assert script.table(results, words) in printed
+    assert summary_table(results, words) in printed
     for model in models:
         assert f"{model['perplexity']:.2f}" in printed
     for warning in results["warnings"]:
         assert f"warning: {warning}" in printed and " ".join(warning.split()) in page.text
     for prompts in ("chat", "plain"):
         assert f"{results['models']['base']['perplexity_by_prompt'][prompts]:.2f}" in page.text
+
+
+def test_the_differences_say_which_direction_is_better(evaluated, results):
+    page = Page((evaluated[0] / "outputs/evaluation_report.html").read_text("utf-8"))
+    head = next(n for n, row in enumerate(page.rows) if row[0] == "metric")
+    assert page.rows[head][1] == "better"
+    rows = page.rows[head + 1 : head + 1 + len(results["comparisons"])]
+    words = load_words("en")
+    for row, c in zip(rows, results["comparisons"], strict=True):
+        lower = c["metric"] in ("nll_per_token", "forgetting")
+        assert row[0].startswith(words[c["metric"]]) and row[1] == ("lower" if lower else "higher")
+        assert row[2:5] == [words[c["a"]], words[c["b"]], f"{c['difference']:+.4f}"]
 
 
 # --- hostile text in the report
@@ -896,7 +1010,7 @@ def as_shown(text: str) -> str:
     return re.sub("[\u0002\u0003\u202e]", "", text)
 
 
-def report(script, results: dict, folder: Path, texts: list[str], name: str) -> tuple[str, Page]:
+def report_of(results: dict, folder: Path, texts: list[str], name: str) -> tuple[str, Page]:
     """The report with `texts` as prompts, answers, warnings and settings; `name` as model, data, device."""
     results = copy.deepcopy(results)
     results["settings"] |= {f"S{n}": text for n, text in enumerate(texts)} | {"MODEL_NAME": name}
@@ -917,16 +1031,16 @@ def report(script, results: dict, folder: Path, texts: list[str], name: str) -> 
     images = ["perplexity.png", "loss_curves.png"]
     for image in images:
         (folder / "plots" / image).write_bytes(b"\x89PNG")
-    script.write_report(results, examples, images, folder)
+    write_report(shown(results, warnings=results["warnings"]), examples, images, folder, "en")
     page = Page((folder / "evaluation_report.html").read_text("utf-8"))
     return (folder / "evaluation_report.md").read_text("utf-8"), page
 
 
-def test_hostile_text_cannot_leave_its_place(script, results, tmp_path):
-    _, plain = report(script, results, tmp_path / "plain", ["word"] * len(HOSTILE), "word")
-    text, page = report(script, results, tmp_path / "hostile", HOSTILE, "word")
-    assert page.tags == plain.tags  # not one element or attribute more, and none elsewhere
-    assert [len(row) for row in page.rows] == [len(row) for row in plain.rows]
+def test_hostile_text_cannot_leave_its_place(results, tmp_path):
+    _, harmless = report_of(results, tmp_path / "harmless", ["word"] * len(HOSTILE), "word")
+    text, page = report_of(results, tmp_path / "hostile", HOSTILE, "word")
+    assert page.tags == harmless.tags  # not one element or attribute more, and none elsewhere
+    assert [len(row) for row in page.rows] == [len(row) for row in harmless.rows]
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "a", "iframe", "h3", "blockquote", "pre", "del"})
     assert len(page.links) == 2
     heads = [n for n, row in enumerate(page.rows) if row == ["reference", "base", "lora", "full"]]
@@ -940,26 +1054,26 @@ def test_hostile_text_cannot_leave_its_place(script, results, tmp_path):
     assert {line.count("|") for line in after.splitlines() if line.startswith("|")} == {3}
 
 
-def test_names_are_shown_as_they_are(script, results, tmp_path):
-    _, plain = report(script, results, tmp_path / "plain", [], "word")
+def test_names_are_shown_as_they_are(results, tmp_path):
+    _, harmless = report_of(results, tmp_path / "harmless", [], "word")
     wrong = []
     for n, name in enumerate(["microsoft/phi-2", "my_models/a*b_c", *HOSTILE[:13]]):
-        _, page = report(script, results, tmp_path / str(n), [], name)
-        assert page.tags == plain.tags
+        _, page = report_of(results, tmp_path / str(n), [], name)
+        assert page.tags == harmless.tags
         # once each: the model above, its setting, the data, the device, the judge
         wrong += [name] if page.text.count(as_shown(name)) < 5 else []
     assert wrong == []
 
 
-def test_the_number_of_models_is_the_number_of_columns(script, results, tmp_path):
+def test_the_number_of_models_is_the_number_of_columns(results, tmp_path):
     for left_out in ([], ["lora"], ["full"]):
         some = copy.deepcopy(results)
         some["models"] = {k: v for k, v in results["models"].items() if k not in left_out}
         some["comparisons"] = [c for c in results["comparisons"] if not {c["a"], c["b"]} & set(left_out)]
-        _, page = report(script, some, tmp_path / "_".join(["x", *left_out]), ["word"], "word")
+        _, page = report_of(some, tmp_path / "_".join(["x", *left_out]), ["word"], "word")
         assert page.rows[0] == ["", *some["models"]]
         assert {len(row) for row in page.rows[:17]} == {1 + len(some["models"])}
-        first, *lines = script.table(some | {"judge": None}, script.load_words("en")).splitlines()
+        first, *lines = summary_table(some | {"judge": None}, load_words("en")).splitlines()
         assert first.split() == list(some["models"])
         assert len({len(line) for line in [first, *lines]}) == 1
 
@@ -972,8 +1086,9 @@ def call(script, trained, tiny, tmp_path, monkeypatch, capsys):
     """call(settings) runs main() in a copy (call.folder): (exit code, `error:` lines, standard output)."""
     folder = work(trained, tmp_path)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("configs.settings._run", None)  # what another test has told override
     short = {"MODEL_NAME": str(tiny), "MAX_NEW_TOKENS": 4, "RESAMPLES": 2000, "MAX_EVAL_SAMPLES": 5}
-    usual = {name: getattr(script, name) for name in script.read_constants(script.__file__)} | short
+    usual = {name: getattr(script, name) for name in read_constants(script.__file__)} | short
 
     def main(**settings) -> tuple[int, str, str]:
         for key, value in (usual | settings).items():
@@ -985,7 +1100,8 @@ def call(script, trained, tiny, tmp_path, monkeypatch, capsys):
         except SystemExit as end:
             code = end.code
         said = capsys.readouterr()
-        return code, "\n".join(x for x in said.err.splitlines() if x.startswith("error: ")), said.out
+        errors = "\n".join(line for line in said.err.splitlines() if line.startswith("error: "))
+        return code, plain(errors), plain(said.out)
 
     main.folder = folder
     return main
@@ -1004,7 +1120,7 @@ def test_what_was_not_trained_is_named_and_the_rest_compared(call, missing, left
     assert len(found) == len(METRICS) + (2 if left == "lora" else 0)
     command = {"lora": "python 2_lora_finetuning.py", "full": "python 3_full_finetuning.py"}[missing]
     note = f"{missing} is not compared: {final} is missing; make it with: {command}"
-    assert note in results["warnings"] and out.count(note) == 2  # before the work and after it
+    assert note in map(plain, results["warnings"]) and out.count(note) == 2  # before the work and after it
     assert results["data"]["test_rows"] == 5 and results["models"]["base"]["forgetting"] is None
     page = Page((call.folder / "outputs/evaluation_report.html").read_text("utf-8"))
     assert final in page.text
@@ -1023,7 +1139,7 @@ def test_another_base_is_refused(call, tiny, tmp_path):
     other = shutil.copytree(tiny, tmp_path / "other")
     code, said, _ = call(MODEL_NAME=str(other))
     assert code == 2 and len(said.splitlines()) == 2
-    assert f"--model_name {tiny}" in said and str(other) in said and "3_full_finetuning.py" in said
+    assert f"--model_name {tiny}" in said and f"python 3_full_finetuning.py --model_name {other}" in said
     assert not (call.folder / "outputs/evaluation_results.json").exists()
 
 
@@ -1033,9 +1149,9 @@ def test_other_data_give_warnings_and_no_verdict(call, tiny):
     ok(run(SCRIPTS[0], *flags, cwd=call.folder))
     code, _, out = call()
     results = json.loads((call.folder / "outputs/evaluation_results.json").read_text("utf-8"))
-    assert code == 0 and results["verdict"].startswith("No verdict") and results["verdict"] in out
+    assert code == 0 and results["verdict"].startswith("No verdict") and plain(results["verdict"]) in out
     for name, command in (("lora", "2_lora_finetuning.py"), ("full", "3_full_finetuning.py")):
-        (said,) = [w for w in results["warnings"] if f"{name} was trained on other data" in w]
+        (said,) = [plain(w) for w in results["warnings"] if f"{name} was trained on different data" in w]
         assert command in said and f"warning: {said}" in out
     report = (call.folder / "outputs/evaluation_report.md").read_text("utf-8")
     assert results["verdict"] in report and "is better than" not in report
@@ -1108,6 +1224,59 @@ def test_nothing_is_written_when_the_report_fails(call, script, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         call(MAX_EVAL_SAMPLES=4)
     assert listing(outputs) == before
+
+
+def test_the_model_cards_hold_the_test_scores(call):
+    cards = {
+        "lora": call.folder / "outputs/lora_model/final_lora_adapter/README.md",
+        "full": call.folder / "outputs/full_model/final_model/README.md",
+    }
+    before = {name: card.read_text("utf-8") for name, card in cards.items()}
+    marks = "<!-- test scores -->\n", "\n<!-- end of test scores -->"
+    sizes = []
+    for rows in (5, 4):  # the second run replaces what the first one wrote
+        assert call(MAX_EVAL_SAMPLES=rows)[0] == 0
+        results = json.loads((call.folder / "outputs/evaluation_results.json").read_text("utf-8"))
+        models = results["models"]
+        sizes.append([models[name]["cost"]["disk_bytes"] for name in cards])
+        for name, card in cards.items():
+            text = card.read_text("utf-8")
+            assert [text.count(mark) for mark in marks] == [1, 1]
+            head, scores, tail = re.split("|".join(map(re.escape, marks)), text)
+            untouched = re.split("|".join(map(re.escape, marks)), before[name])
+            assert "Not measured yet" in untouched[1] and [head, tail] == [untouched[0], untouched[2]]
+            first, blank, *table, gap, last = scores.splitlines()
+            assert first == f"On the {rows} rows of the test split, and 16 of their prompts:" and blank == gap == ""
+            assert last == results["verdict"]
+            cells = [[part.strip() for part in line.strip("|").split("|")] for line in table]
+            assert cells[0] == ["", "base", "this model"] and cells[1] == ["---"] * 3
+            assert [cell[1:] for cell in cells[2:]] == [
+                [f"{models[label][key]:{form}}" for label in ("base", name)]
+                for key, form in (
+                    ("perplexity", ".2f"),
+                    ("bits_per_byte", ".3f"),
+                    ("answer_quality", ".3f"),
+                    ("style_match", ".3f"),
+                )
+            ]
+    assert sizes[0] == sizes[1]
+
+
+def test_cards_that_cannot_take_the_scores_are_left_alone(call):
+    lora = call.folder / "outputs/lora_model/final_lora_adapter/README.md"
+    full = call.folder / "outputs/full_model/final_model/README.md"
+    lora.unlink()
+    for card, named in (
+        (b"Written by hand.\n", False),
+        (b"<!-- test scores -->\n\xff\n<!-- end of test scores -->", True),
+    ):
+        full.write_bytes(card)
+        (call.folder / "outputs/evaluation_results.json").unlink(missing_ok=True)
+        code, said, out = call()
+        assert (code, said) == (0, "") and (call.folder / "outputs/evaluation_results.json").exists()
+        assert full.read_bytes() == card and not lora.exists()
+        assert (f"{full.relative_to(call.folder)} is left without the test scores" in out) == named
+        assert f"{lora.relative_to(call.folder)} is left without the test scores" in out
 
 
 def prompts_of(call) -> Path:
@@ -1240,17 +1409,32 @@ def test_a_general_text_that_is_none_is_refused(call):
         assert code == 2 and "GENERAL_TEXT" in said and name in said, name
 
 
-def test_wrong_settings_are_shown_together(call):
-    code, said, _ = call(MAX_NEW_TOKENS=0, BATCH_TOKENS=0, GENERATION_BATCH=-1, MAX_EVAL_SAMPLES=0, RESAMPLES=10)
-    assert code == 2 and len(said.splitlines()) == 5
-    for name in ("MAX_NEW_TOKENS", "BATCH_TOKENS", "GENERATION_BATCH", "MAX_EVAL_SAMPLES", "RESAMPLES"):
-        assert f"{name} is " in said
-    code, said, _ = call(PRECISION="fp8")
-    assert code == 2 and "PRECISION" in said and "bf16" in said
-    code, said, _ = call(TEMPERATURE=-1.0, REPORT_LANGUAGE="de", PROMPT=" ", EMBEDDING_MODEL="no/such/folder/x")
-    assert code == 2 and len(said.splitlines()) == 4
-    for name in ("TEMPERATURE", "REPORT_LANGUAGE", "PROMPT", "EMBEDDING_MODEL"):
-        assert name in said
+def test_wrong_settings_are_shown_together_before_torch_is_there(tmp_path):
+    wrong = {
+        "MAX_NEW_TOKENS": 0,
+        "BATCH_TOKENS": 0,
+        "GENERATION_BATCH": -1,
+        "MAX_EVAL_SAMPLES": 0,
+        "RESAMPLES": 10,
+        "PRECISION": "fp8",
+        "TEMPERATURE": -1.0,
+        "REPORT_LANGUAGE": "de",
+        "PROMPT": " ",
+        "MODEL_NAME": "no/such/folder/x",
+    }
+    flags = [f"--{name.lower()}={value}" for name, value in wrong.items()]
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    said = refused(run(SCRIPTS[3], *flags, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}))
+    assert len(said) == len(wrong)
+    for name, line in zip(wrong, said, strict=True):
+        assert line.startswith(f"error: {name} ")
+
+
+def test_what_is_no_matter_of_a_range_is_shown_together(call):
+    code, said, _ = call(EMBEDDING_MODEL="no/such/folder/x", PROMPT="What\udce4?", JUDGE="gpt-4")
+    assert code == 2 and len(said.splitlines()) == 3
+    for name in ("EMBEDDING_MODEL", "PROMPT", "JUDGE"):
+        assert f"error: {name} " in said
 
 
 # --- --prompt, languages, groups, what is shown
@@ -1286,9 +1470,9 @@ def test_a_prompt_with_a_marker_is_refused_before_a_model_is_loaded(call, script
         assert code == 2 and "PROMPT" in said and marker in said
 
 
-def test_what_a_model_says_cannot_steer_a_terminal(script):
+def test_what_a_model_says_cannot_steer_a_terminal():
     nasty = "a\x1b[31mred\x1b]0;title\x07\x9b2J\u202eb\rc\n中文"
-    shown = script.printable(nasty)
+    shown = printable(nasty)
     assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(shown)
     assert shown.endswith("c\n中文") and shown.startswith("a")
 
@@ -1296,23 +1480,24 @@ def test_what_a_model_says_cannot_steer_a_terminal(script):
 def test_both_languages_have_the_same_sentences_with_the_same_gaps(script):
     from string import Formatter
 
-    en, zh = script.load_words("en"), script.load_words("zh")
+    en, zh = load_words("en"), load_words("zh")
     assert list(en) == list(zh)
     for key in en:
         gaps = [sorted({name for _, name, _, _ in Formatter().parse(w[key]) if name}) for w in (en, zh)]
         assert gaps[0] == gaps[1], key
         assert isinstance(en[key], str) and isinstance(zh[key], str) and zh[key].strip()
-    template = (ROOT / "configs/report/report.md.jinja").read_text("utf-8")
-    used = template + Path(script.__file__).read_text("utf-8")
+    folder = ROOT / "configs/evaluation"
+    files = [folder / "templates/report.md.jinja", *sorted(folder.glob("*.py")), Path(script.__file__)]
+    used = "\n".join(path.read_text("utf-8") for path in files)
     for key in en:  # no sentence that nobody says
         name = key.removeprefix("note_").removeprefix("plot_")
-        assert name in used, key
+        assert re.search(rf"\b{name}\b", used), key
 
 
-def test_the_chinese_report_says_the_same(script, results, evaluated, tmp_path):
+def test_the_chinese_report_says_the_same(results, evaluated, tmp_path):
     shutil.copytree(evaluated[0] / "outputs/plots", tmp_path / "plots")
     images = ["perplexity.png", "forgetting.png", "loss_curves.png", "cost.png"]
-    script.write_report(results | {"warnings": []}, [], images, tmp_path, "zh")
+    write_report(shown(results, "zh"), [], images, tmp_path, "zh")
     page = (tmp_path / "evaluation_report.html").read_text("utf-8")
     english = Page((evaluated[0] / "outputs/evaluation_report.html").read_text("utf-8"))
     chinese = Page(page)
@@ -1330,7 +1515,7 @@ def test_the_chinese_report_says_the_same(script, results, evaluated, tmp_path):
 
 def test_near_equal_questions_are_drawn_together(call, script, monkeypatch):
     seen = []
-    usual = script.compare
+    usual = statistics.compare
 
     def spy(a, b, weight, groups, *rest):
         seen.append(list(groups))
@@ -1357,6 +1542,19 @@ def test_near_equal_questions_are_drawn_together(call, script, monkeypatch):
             else [row["group"] for row in alike if row["part"] == "test"]
         )
         assert groups[0] == wanted and all(sorted(g) == sorted(wanted) for g in groups)
+
+
+def test_a_prompt_is_in_the_group_of_its_row():
+    turns = {n: [{"role": "user", "content": f"Question {n}"}] for n in range(4)}
+    rows = [{"id": f"{n}", "prompt": turns[n], "group": group} for n, group in enumerate(["x", "x", None])]
+    prompts = [{"id": f"{n}", "prompt": turns[n], "reference": f"Answer {n}"} for n in (1, 0, 3, 2)]
+    held_out = HeldOut(rows, prompts)
+    alone = json.dumps(turns[2]).lower()
+    assert held_out.groups == ["x", "x", alone]
+    # row 3 is not among those that MAX_EVAL_SAMPLES left
+    assert held_out.prompt_groups == ["x", "x", json.dumps(turns[3]).lower(), alone]
+    assert held_out.questions == ["Question 1", "Question 0", "Question 3", "Question 2"]
+    assert held_out.references == ["Answer 1", "Answer 0", "Answer 3", "Answer 2"]
 
 
 def test_the_groups_are_those_of_step_1(tiny, tmp_path):
@@ -1386,61 +1584,61 @@ def test_the_groups_are_those_of_step_1(tiny, tmp_path):
     assert sum(row["group"] == row["id"] for row in others) > len(others) / 2
 
 
-def test_the_most_different_answers_are_shown(script):
+def test_the_most_different_answers_are_shown():
     answers = {
         "base": ["same words here", "buy a bond now", "I do not know", ""],
         "lora": ["same words here", "sell a share soon", "I do not know.", ""],
         "full": ["same words here", "xyz", "I do not know", "long answer about taxes"],
     }
-    assert script.most_different(answers, 10) == [1, 3, 2, 0]
-    assert script.most_different(answers, 2) == [1, 3]
+    assert metrics.most_different(answers, 10) == [1, 3, 2, 0]
+    assert metrics.most_different(answers, 2) == [1, 3]
 
 
-def test_the_smallest_detectable_difference_is_found_in_four_of_five_cases(script):
+def test_the_smallest_detectable_difference_is_found_in_four_of_five_cases():
     draw = np.random.default_rng(5)
     n, spread = 80, 0.5
-    planted = script.compare(draw.normal(0, spread, n), np.zeros(n), np.ones(n), list(range(n)), 2000, 1)
+    planted = statistics.compare(draw.normal(0, spread, n), np.zeros(n), np.ones(n), list(range(n)), 2000, 1)
     expected = planted["smallest_detectable"]
     assert expected == pytest.approx(2.83 * spread / math.sqrt(n), rel=0.25)
     effect = (1.99 + 0.8416) * spread / math.sqrt(n)  # with the true spread
     found = 0
     for seed in range(400):
         values = draw.normal(effect, spread, n)
-        c = script.compare(values, np.zeros(n), np.ones(n), list(range(n)), 2000, seed)
+        c = statistics.compare(values, np.zeros(n), np.ones(n), list(range(n)), 2000, seed)
         found += not c["ci95"][0] <= 0 <= c["ci95"][1]
     assert 0.74 <= found / 400 <= 0.86
 
 
-def test_three_pairs_without_a_difference_seldom_show_one(script):
+def test_three_pairs_without_a_difference_seldom_show_one():
     """Family-wise: of three comparisons under the null, any one shows in about 5 % of the cases at most."""
     draw, wrong = np.random.default_rng(9), 0
     for seed in range(300):
         models = draw.gamma(2, 1, (3, 60))
-        rows = [
-            {"metric": "x", **script.compare(models[i], models[j], np.ones(60), list(range(60)), 2000, seed)}
+        found = [
+            statistics.compare(models[i], models[j], np.ones(60), list(range(60)), 2000, seed)
             for i, j in ((0, 1), (0, 2), (1, 2))
         ]
-        script.holm(rows)
-        wrong += any(script.shows(row) for row in rows)
+        adjusted = statistics.holm([c["p_value"] for c in found])
+        wrong += any(statistics.shows(c | {"p_value": p}) for c, p in zip(found, adjusted, strict=True))
     assert wrong / 300 <= 0.08
 
 
-def test_a_long_general_text_is_cut_into_pieces_and_none_is_lost(script, tokenizer, monkeypatch):
+def test_a_long_general_text_is_cut_into_pieces_and_none_is_lost(tokenizer, monkeypatch):
     texts = ["One line.", "The river rose in the night, and 基金 fell. " * 60]
-    found, sizes = script.pieces(tokenizer, texts, 50)
+    found, sizes = scoring.pieces(tokenizer, texts, 50)
     ids = [tokenizer(text).input_ids for text in texts]
     assert found[0] == ids[0] and sum(found[1:], []) == ids[1]
     assert max(map(len, found)) == 50 and len(found) == 1 + -(-len(ids[1]) // 50) > 12
     assert sizes[0] == len(texts[0]) and sum(sizes[1:]) == len(texts[1].encode())
-    monkeypatch.setattr(script, "GENERAL_PIECES", 5)
-    few, sizes_ = script.pieces(tokenizer, texts, 50)
+    monkeypatch.setattr(scoring, "GENERAL_PIECES", 5)
+    few, sizes_ = scoring.pieces(tokenizer, texts, 50)
     step = -(-len(found) // 5)
     assert few == found[::step] and sizes_ == sizes[::step] and len(few) <= 5
-    assert script.pieces(tokenizer, [""]) == ([], [])
+    assert scoring.pieces(tokenizer, [""]) == ([], [])
 
 
-def test_a_general_text_without_empty_lines_is_read_by_lines(script, tmp_path):
+def test_a_general_text_without_empty_lines_is_read_by_lines(tmp_path):
     path = tmp_path / "text.txt"
     for text, found in (("a\nb\n\nc\n \n\nd", ["a\nb", "c", "d"]), ("a\r\nb\n c \n", ["a", "b", "c"])):
         path.write_bytes(text.encode())
-        assert script.general_text(str(path)) == found
+        assert general_text(str(path)) == found

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SHORT
 
-from configs import machine
+from configs.training.memory import packing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 LORA, FULL = SCRIPTS[1], SCRIPTS[2]
@@ -80,7 +80,7 @@ def test_packing_with_flash_or_flex_attention_changes_no_loss(tiny):
     from trl import pack_dataset
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    assert machine.packing("auto", "flex_attention")[0]
+    assert packing("auto", "flex_attention")[0]
     model = AutoModelForCausalLM.from_pretrained(
         tiny, dtype=torch.float32, attn_implementation="flex_attention", device_map="cuda"
     )

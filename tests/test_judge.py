@@ -15,14 +15,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, load_script, ok, refused, run
+from conftest import SCRIPTS, ok, refused, run
 
-from configs import files
+from configs import chat, device, hub
+from configs.evaluation import statistics
+from configs.evaluation.candidates import HeldOut
+from configs.evaluation.judge import RewardJudge, ServerJudge, bouts_of, judge_problems, judged
+from configs.evaluation.report import load_words, sentence
 
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script(SCRIPTS[3])
+PAIRS = [("lora", "base"), ("full", "base"), ("full", "lora")]
 
 
 class Server:
@@ -105,24 +106,25 @@ PROMPTS = [
 ]
 
 
-def opinion(script, judge, answers: dict[str, list[str]], prompts=PROMPTS) -> dict:
-    c = SimpleNamespace(JUDGE="test", RESAMPLES=2000, SEED=1)
-    return script.judged(c, judge, prompts, answers, [p["id"] for p in prompts])
+def opinion(judge, answers: dict[str, list[str]], prompts: list[dict] = PROMPTS) -> dict:
+    settings = SimpleNamespace(JUDGE="test", RESAMPLES=2000, SEED=1)
+    rows = [{"id": p["id"], "prompt": p["prompt"], "group": p["id"]} for p in prompts]
+    return judged(settings, judge, HeldOut(rows, prompts), answers, PAIRS)
 
 
 def good(times: int) -> list[str]:
     return [" ".join([str(n)] * times) or "no" for n in range(24)]
 
 
-def ask(script, server: Server, tmp_path: Path, answers: dict | None = None) -> dict:
-    judge = script.ServerJudge(server.url, "the-judge", tmp_path / "out" / "judge_verdicts.jsonl")
-    return opinion(script, judge, answers or {"base": good(1), "lora": good(2), "full": good(3)})
+def ask(server: Server, tmp_path: Path, answers: dict | None = None) -> dict:
+    judge = ServerJudge(server.url, "the-judge", tmp_path / "out" / "judge_verdicts.jsonl")
+    return opinion(judge, answers or {"base": good(1), "lora": good(2), "full": good(3)})
 
 
-def test_a_wise_judge_is_believed(script, tmp_path, monkeypatch):
+def test_a_wise_judge_is_believed(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-7")
     with Server(wise) as server:
-        found = ask(script, server, tmp_path)
+        found = ask(server, tmp_path)
     assert found["withheld"] is None
     assert (found["identical"]["n"], found["identical"]["ties"]) == (20, 20)
     assert found["shuffled"]["win_rate"] == 1 and found["shuffled"]["ci95"][0] > 0.8
@@ -142,14 +144,14 @@ def test_a_wise_judge_is_believed(script, tmp_path, monkeypatch):
     assert "secret-7" not in kept and len(kept.splitlines()) == 376
     # nothing that was paid for is asked again
     with Server(lambda *_: (500, {}, b"")) as silent:
-        judge = script.ServerJudge(silent.url, "the-judge", tmp_path / "out" / "judge_verdicts.jsonl")
+        judge = ServerJudge(silent.url, "the-judge", tmp_path / "out" / "judge_verdicts.jsonl")
         judge.name = f"{server.url}#the-judge"  # another address would be another judge
-        again = opinion(script, judge, {"base": good(1), "lora": good(2), "full": good(3)})
+        again = opinion(judge, {"base": good(1), "lora": good(2), "full": good(3)})
         assert silent.requests == []
     assert json.dumps(again, default=list) == json.dumps(found, default=list)
 
 
-def test_a_verdict_counts_only_in_both_orders(script):
+def test_a_verdict_counts_only_in_both_orders():
     said = {("q0", "x", "y"): "first", ("q0", "y", "x"): "second"}  # x wins
     said |= {("q1", "x", "y"): "second", ("q1", "y", "x"): "first"}  # y wins
     said |= {("q2", "x", "y"): "first", ("q2", "y", "x"): "first"}  # the first one wins: a tie
@@ -161,7 +163,7 @@ def test_a_verdict_counts_only_in_both_orders(script):
         return [said[bout[1:]] for bout in bouts]
 
     questions = [f"q{n}" for n in range(6)]
-    found = script.bouts_of(judge, "test", questions, ["x"] * 6, ["y"] * 6)
+    found = bouts_of(judge, "test", questions, ["x"] * 6, ["y"] * 6)
     assert found["outcomes"][:5].tolist() == [1, 0, 0.5, 0.5, 0.5] and np.isnan(found["outcomes"][5])
     assert found["missing"] == 1 and found["consistent"] == 3 / 5
     # decided verdicts of whole pairs: q0 first second, q1 second first, q2 first first, q4 first
@@ -191,28 +193,28 @@ def unfaithful(body: dict, _: int) -> str:
         (lambda *_: "I like both. [[D]]", "too few verdicts"),
     ],
 )
-def test_a_judge_that_fails_its_controls_gives_no_verdict(script, tmp_path, behave, why):
+def test_a_judge_that_fails_its_controls_gives_no_verdict(tmp_path, behave, why):
     with Server(behave) as server:
-        found = ask(script, server, tmp_path)
+        found = ask(server, tmp_path)
     for language, words in (("en", why), ("zh", "")):
-        assert words in script.say(found["withheld"], script.load_words(language))
+        assert words in sentence(found["withheld"], load_words(language))
     assert found["against_reference"] == {} and found["between_models"] == []
 
 
-def test_a_server_that_is_lost_after_the_controls_gives_no_verdict(script, tmp_path, quick):
+def test_a_server_that_is_lost_after_the_controls_gives_no_verdict(tmp_path, quick):
     def lost(body, number):
         return wise(body) if number <= 2 * (20 + 24) else (500, {"Retry-After": "0.01"}, b"{}")
 
     with Server(lost) as server:
-        found = ask(script, server, tmp_path)
+        found = ask(server, tmp_path)
     assert found["withheld"] == ("judge_missing", {"missing": 72, "n": 72})
     assert found["shuffled"]["win_rate"] == 1 and found["against_reference"] == {}
 
 
-def test_one_that_looks_at_the_place_alone_decides_nothing(script, tmp_path):
+def test_one_that_looks_at_the_place_alone_decides_nothing(tmp_path):
     with Server(first_slot) as server:
-        judge = script.ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
-        found = script.bouts_of(judge, "x", ["q"] * 5, list("abcde"), list("vwxyz"))
+        judge = ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
+        found = bouts_of(judge, "x", ["q"] * 5, list("abcde"), list("vwxyz"))
     assert found["outcomes"].tolist() == [0.5] * 5 and found["first_slot"] == 1 and found["consistent"] == 0
 
 
@@ -220,17 +222,17 @@ def test_one_that_looks_at_the_place_alone_decides_nothing(script, tmp_path):
 
 
 @pytest.fixture
-def quick(script, monkeypatch):
+def quick(monkeypatch):
     """Waiting times of the client in hundredths: its policy stays as it is."""
     from openai import _base_client
 
     monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr(_base_client, "MAX_RETRY_DELAY", 0.02)
-    monkeypatch.setattr(script, "JUDGE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("configs.evaluation.judge.JUDGE_TIMEOUT_S", 0.5)
 
 
-def two(script, server: Server, tmp_path: Path, n: int = 2) -> list:
-    judge = script.ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
+def two(server: Server, tmp_path: Path, n: int = 2) -> list:
+    judge = ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
     return judge([(str(k), f"What is {k} ?", f"It is {k} .", "It is not.") for k in range(n)])
 
 
@@ -238,32 +240,32 @@ def lines(tmp_path: Path) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "verdicts.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_429_and_500_are_asked_again(script, tmp_path, quick):
+def test_429_and_500_are_asked_again(tmp_path, quick):
     def busy(body, number):
         if number <= 4:
             return (429 if number % 2 else 503), {"Retry-After": "0.01"}, b'{"error": {"message": "busy"}}'
         return wise(body)
 
     with Server(busy) as server:
-        assert two(script, server, tmp_path) == ["first", "first"]
+        assert two(server, tmp_path) == ["first", "first"]
     assert len(server.requests) == 6
 
 
-def test_a_server_that_is_always_busy_leaves_verdicts_missing_and_stops_being_asked(script, tmp_path, quick):
+def test_a_server_that_is_always_busy_leaves_verdicts_missing_and_stops_being_asked(tmp_path, quick):
     with Server(lambda *_: (429, {"Retry-After": "0.01"}, b"{}")) as server:
-        assert two(script, server, tmp_path, 60) == [None] * 60
+        assert two(server, tmp_path, 60) == [None] * 60
         # five tries each, and no more once so many in a row have failed
         assert len(server.requests) < 5 * 40
     assert {line["verdict"] for line in lines(tmp_path)} == {None}
     assert all("RateLimitError" in line["reason"] for line in lines(tmp_path))
     # the missing ones are asked again in the next run; the others are not
     with Server(wise) as server:
-        judge = script.ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
+        judge = ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
         assert judge([("0", "What is 0 ?", "It is 0 .", "No.")]) == ["first"]
 
 
-def test_a_server_that_hangs_is_left_after_its_time(script, tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(script, "JUDGE_TIMEOUT_S", 0.05)
+def test_a_server_that_hangs_is_left_after_its_time(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr("configs.evaluation.judge.JUDGE_TIMEOUT_S", 0.05)
 
     def hang(body, number):
         time.sleep(0.4)
@@ -271,19 +273,19 @@ def test_a_server_that_hangs_is_left_after_its_time(script, tmp_path, quick, mon
 
     start = time.monotonic()
     with Server(hang) as server:
-        assert two(script, server, tmp_path) == [None, None]
+        assert two(server, tmp_path) == [None, None]
         assert len(server.requests) == 10 and time.monotonic() - start < 10
     assert all("APITimeoutError" in line["reason"] for line in lines(tmp_path))
 
 
-def test_a_server_that_hangs_once_is_asked_again(script, tmp_path, quick):
+def test_a_server_that_hangs_once_is_asked_again(tmp_path, quick):
     def hang(body, number):
         if number == 1:
             time.sleep(1)
         return wise(body)
 
     with Server(hang) as server:
-        assert two(script, server, tmp_path, 1) == ["first"] and len(server.requests) == 2
+        assert two(server, tmp_path, 1) == ["first"] and len(server.requests) == 2
 
 
 NONSENSE = {
@@ -300,54 +302,54 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("name", list(NONSENSE))
-def test_nonsense_is_asked_for_once_more_and_then_missing(script, tmp_path, quick, name):
+def test_nonsense_is_asked_for_once_more_and_then_missing(tmp_path, quick, name):
     with Server(lambda *_: NONSENSE[name]) as server:
-        assert two(script, server, tmp_path, 1) == [None]
+        assert two(server, tmp_path, 1) == [None]
     assert len(server.requests) == 2
     (line,) = lines(tmp_path)
     assert line["verdict"] is None and line["reason"]
 
 
-def test_nonsense_once_costs_nothing(script, tmp_path, quick):
+def test_nonsense_once_costs_nothing(tmp_path, quick):
     with Server(lambda body, number: "hm" if number == 1 else wise(body)) as server:
-        assert two(script, server, tmp_path, 1) == ["first"]
+        assert two(server, tmp_path, 1) == ["first"]
 
 
-def test_a_dropped_connection_is_asked_again(script, tmp_path, quick):
+def test_a_dropped_connection_is_asked_again(tmp_path, quick):
     def drop(body, number):
         if number == 1:
             raise ConnectionError
         return wise(body)
 
     with Server(drop) as server:
-        assert two(script, server, tmp_path, 1) == ["first"]
+        assert two(server, tmp_path, 1) == ["first"]
 
 
-def test_a_model_that_refuses_a_temperature_is_asked_without(script, tmp_path, quick):
+def test_a_model_that_refuses_a_temperature_is_asked_without(tmp_path, quick):
     def strict(body, number):
         if "temperature" in body or "max_tokens" in body:
             return 400, {}, b'{"error": {"message": "Unsupported parameter: temperature"}}'
         return wise(body)
 
     with Server(strict) as server:
-        assert two(script, server, tmp_path, 12) == ["first"] * 12
+        assert two(server, tmp_path, 12) == ["first"] * 12
     assert len(server.requests) <= 12 + 8
 
 
-def test_the_last_verdict_in_an_answer_counts(script, tmp_path):
+def test_the_last_verdict_in_an_answer_counts(tmp_path):
     with Server(lambda *_: "[[A]] would be my first thought, but no:\n[[B]]") as server:
-        assert two(script, server, tmp_path, 1) == ["second"]
+        assert two(server, tmp_path, 1) == ["second"]
 
 
-def test_what_a_killed_run_left_is_read(script, tmp_path):
+def test_what_a_killed_run_left_is_read(tmp_path):
     with Server(wise) as server:
-        judge = script.ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
+        judge = ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
         bouts = [(str(k), f"What is {k} ?", f"It is {k} .", "No.") for k in range(6)]
         assert judge(bouts) == ["first"] * 6
         text = (tmp_path / "verdicts.jsonl").read_text("utf-8")
         (tmp_path / "verdicts.jsonl").write_text(text[: len(text) * 2 // 3], encoding="utf-8")  # cut in a line
         before = len(server.requests)
-        again = script.ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
+        again = ServerJudge(server.url, "m", tmp_path / "verdicts.jsonl")
         assert again(bouts) == ["first"] * 6
         assert 1 <= len(server.requests) - before <= 3
 
@@ -355,7 +357,7 @@ def test_what_a_killed_run_left_is_read(script, tmp_path):
 # --- rates
 
 
-def test_win_rates_cover_and_their_length_is_taken_out(script):
+def test_win_rates_cover_and_their_length_is_taken_out():
     draw = np.random.default_rng(3)
     covered = adjusted = 0
     runs, n = 300, 100
@@ -364,7 +366,7 @@ def test_win_rates_cover_and_their_length_is_taken_out(script):
         x = np.tanh(length / length.std())
         p = 1 / (1 + np.exp(-(0.4 + 1.0 * x)))
         outcomes = (draw.random(n) < p).astype(float)
-        found = script.win_rate(outcomes, length, list(range(n)), 2000, run_)
+        found = statistics.win_rate(outcomes, length, list(range(n)), 2000, run_)
         true = np.mean(1 / (1 + np.exp(-(0.4 + np.tanh(draw.normal(8, 20, 40000) / 20)))))
         covered += found["ci95"][0] <= true <= found["ci95"][1]
         low, high = found["length_adjusted_ci95"]
@@ -373,36 +375,36 @@ def test_win_rates_cover_and_their_length_is_taken_out(script):
     assert 0.92 <= adjusted / runs <= 0.98
 
 
-def test_a_rate_without_length_is_the_plain_rate(script):
+def test_a_rate_without_length_is_the_plain_rate():
     outcomes = np.array([1, 1, 1, 0.5, 0, 0, 1, 1.0])
-    found = script.win_rate(outcomes, np.zeros(8), list(range(8)), 2000, 1)
+    found = statistics.win_rate(outcomes, np.zeros(8), list(range(8)), 2000, 1)
     assert found["win_rate"] == found["length_adjusted"] == outcomes.mean()
     assert found["length_adjusted_ci95"] == found["ci95"]
     assert (found["wins"], found["ties"], found["losses"], found["n"]) == (5, 1, 2, 8)
 
 
-def test_longer_answers_that_win_by_length_alone_win_nothing(script):
+def test_longer_answers_that_win_by_length_alone_win_nothing():
     draw = np.random.default_rng(0)
     length = np.abs(draw.normal(30, 15, 400)) * np.where(draw.random(400) < 0.8, 1, -1)
     outcomes = (draw.random(400) < 1 / (1 + np.exp(-3 * np.tanh(length / length.std())))).astype(float)
-    found = script.win_rate(outcomes, length, list(range(400)), 2000, 1)
+    found = statistics.win_rate(outcomes, length, list(range(400)), 2000, 1)
     assert found["ci95"][0] > 0.55
     assert found["length_adjusted_ci95"][0] <= 0.5 <= found["length_adjusted_ci95"][1]
 
 
-def test_ten_wins_of_ten_are_not_certainty(script):
+def test_ten_wins_of_ten_are_not_certainty():
     from scipy.stats import binomtest
 
-    found = script.win_rate(np.ones(10), np.arange(10.0), list(range(10)), 2000, 1)
+    found = statistics.win_rate(np.ones(10), np.arange(10.0), list(range(10)), 2000, 1)
     exact = binomtest(10, 10).proportion_ci(0.95, "exact")
     assert found["win_rate"] == 1 and found["ci95"] == [exact.low, 1] and 0.6 < exact.low < 0.7
-    ties = script.win_rate(np.full(10, 0.5), np.arange(10.0), list(range(10)), 2000, 1)
+    ties = statistics.win_rate(np.full(10, 0.5), np.arange(10.0), list(range(10)), 2000, 1)
     assert ties["win_rate"] == 0.5 and ties["ci95"] == [0.5, 0.5]
 
 
-def test_separable_outcomes_stay_finite(script):
+def test_separable_outcomes_stay_finite():
     length = np.arange(-10.0, 10)
-    found = script.win_rate((length > 0).astype(float), length, list(range(20)), 2000, 1)
+    found = statistics.win_rate((length > 0).astype(float), length, list(range(20)), 2000, 1)
     numbers = [found["length_adjusted"], *found["length_adjusted_ci95"]]
     assert all(0 < v < 1 for v in numbers) and numbers[1] <= numbers[0] <= numbers[2]
 
@@ -415,18 +417,18 @@ def test_separable_outcomes_stay_finite(script):
         ([1.0] * 20, list(range(-10, 10))),
     ],
 )
-def test_where_the_data_cannot_tell_no_adjusted_rate_is_given(script, outcomes, length):
+def test_where_the_data_cannot_tell_no_adjusted_rate_is_given(outcomes, length):
     values, lengths = np.array(outcomes, float), np.array(length, float)
-    found = script.win_rate(values, lengths, list(range(len(values))), 2000, 1)
+    found = statistics.win_rate(values, lengths, list(range(len(values))), 2000, 1)
     assert found["length_adjusted"] is None and found["length_adjusted_ci95"] is None
     assert found["win_rate"] == values.mean()
 
 
-def test_half_a_character_from_a_server_loses_nothing(script, tmp_path):
+def test_half_a_character_from_a_server_loses_nothing(tmp_path):
     (tmp_path / "verdicts.jsonl").write_bytes(b'\xff\xfe\n{"key": "x", "verdict": "maybe"}\n')
     body = reply("?").replace(b'"?"', b'"\\ud800 [[A]]"')
     with Server(lambda *_: (200, {}, body)) as server:
-        assert two(script, server, tmp_path, 1) == ["first"]
+        assert two(server, tmp_path, 1) == ["first"]
     assert json.loads((tmp_path / "verdicts.jsonl").read_bytes().splitlines()[-1])["verdict"] == "first"
 
 
@@ -454,7 +456,7 @@ FLAGS = "--max_new_tokens 12 --resamples 2000".split()
 
 
 @pytest.fixture(scope="module")
-def judged(trained, tiny, tmp_path_factory) -> tuple[Path, str, list]:
+def judged_run(trained, tiny, tmp_path_factory) -> tuple[Path, str, list]:
     """(folder, output, requests) of a run with a judge that prefers, of two texts, the one that is not empty and fits
     the question (the references are known to it)."""
     folder = work(trained, tmp_path_factory.mktemp("judged"))
@@ -473,8 +475,8 @@ def judged(trained, tiny, tmp_path_factory) -> tuple[Path, str, list]:
     return folder, out, server.requests
 
 
-def test_helpfulness_is_the_judges_where_one_was_asked(judged):
-    folder, out, requests = judged
+def test_helpfulness_is_the_judges_where_one_was_asked(judged_run):
+    folder, out, requests = judged_run
     results = json.loads((folder / "outputs/evaluation_results.json").read_text("utf-8"))
     judge = results["judge"]
     assert judge["withheld"] is None and set(judge["against_reference"]) == {"base", "lora", "full"}
@@ -507,9 +509,9 @@ def test_a_judge_that_fails_leaves_the_proxy(trained, tiny, tmp_path):
     assert "不采用评判的结论" in report and "代理指标" in report
 
 
-def test_a_judge_that_cannot_be_asked_is_refused_at_once(script, trained, tiny, tmp_path):
+def test_a_judge_that_cannot_be_asked_is_refused_at_once(trained, tiny, tmp_path):
     folder = work(trained, tmp_path)
-    judge = f"openai:http://127.0.0.1:{files.free_port()}/v1#m"
+    judge = f"openai:http://127.0.0.1:{device.free_port()}/v1#m"
     refused(run(SCRIPTS[3], "--model_name", tiny, "--judge", judge, cwd=folder), "JUDGE", "does not answer")
     assert not (folder / "outputs/evaluation_results.json").exists()
     for judge, said in (
@@ -519,9 +521,9 @@ def test_a_judge_that_cannot_be_asked_is_refused_at_once(script, trained, tiny, 
         ("reward:", "reward:<model>"),
         ("reward:outputs/nowhere", "outputs/nowhere"),
     ):
-        (found,) = script.judge_problems(judge)
+        (found,) = judge_problems(judge)
         assert "JUDGE" in found and said in found
-    assert script.judge_problems(None) == script.judge_problems(f"reward:{tiny}") == []
+    assert judge_problems(None) == judge_problems(f"reward:{tiny}") == []
 
 
 @pytest.fixture(scope="module")
@@ -545,8 +547,8 @@ def reward(tiny, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_reward_model_judges_by_its_scores(script, reward):
-    judge = script.RewardJudge(str(reward))
+def test_a_reward_model_judges_by_its_scores(reward):
+    judge = RewardJudge(str(reward))
     texts = ["Bonds pay interest.", "No.", "Save first, then invest the rest in a fund."]
     bouts = [("x", "What are bonds?", a, b) for a in texts for b in texts]
     found = judge(bouts)
@@ -558,9 +560,9 @@ def test_a_reward_model_judges_by_its_scores(script, reward):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(reward).eval()
-    tokenizer = files.load_tokenizer(str(reward), None, "auto")
-    chat = [{"role": "user", "content": "What are bonds?"}, {"role": "assistant", "content": texts[0]}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()
+    tokenizer = chat.load_tokenizer(str(reward), None, "auto")
+    turns = [{"role": "user", "content": "What are bonds?"}, {"role": "assistant", "content": texts[0]}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
     ids = AutoTokenizer.from_pretrained(reward)(text, add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         score = model(ids.input_ids).logits[0, 0].item()
@@ -577,24 +579,24 @@ def test_a_reward_model_in_a_run(trained, tiny, reward, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_server_with_a_tiny_model(script, trained, tiny, tmp_path):
+def test_a_real_server_with_a_tiny_model(trained, tiny, tmp_path):
     """`transformers serve` answers like any OpenAI-compatible server; a tiny model's verdicts are nonsense, so they
     are counted as missing."""
     folder = work(trained, tmp_path)
     talking(folder, tiny)
-    port, model = files.free_port(), str(folder / "outputs/full_model/final_model")
+    port, model = device.free_port(), str(folder / "outputs/full_model/final_model")
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model, "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with open(tmp_path / "log", "w+", encoding="utf-8") as log:
         server = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
         try:
             end = time.monotonic() + 120
-            while files.probe(f"http://127.0.0.1:{port}/v1") and time.monotonic() < end:
+            while hub.probe(f"http://127.0.0.1:{port}/v1") and time.monotonic() < end:
                 assert server.poll() is None, (tmp_path / "log").read_text("utf-8")[-3000:]
                 time.sleep(0.5)
-            judge = script.ServerJudge(f"http://127.0.0.1:{port}/v1", model, tmp_path / "verdicts.jsonl")
+            judge = ServerJudge(f"http://127.0.0.1:{port}/v1", model, tmp_path / "verdicts.jsonl")
             judge.extra["max_tokens"] = 8  # a tiny model does not end
-            found = opinion(script, judge, {"base": good(1)[:5]}, PROMPTS[:5])
+            found = opinion(judge, {"base": good(1)[:5]}, PROMPTS[:5])
         finally:
             server.terminate()
             try:

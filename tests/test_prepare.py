@@ -16,12 +16,13 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, SCRIPTS, load_script, ok, refused, run, write_rows
+from conftest import ROOT, SCRIPTS, load_script, ok, plain, refused, run, write_rows
 from hub import Hub, finance_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs import files
+from configs import chat, handover
+from configs.settings import read_constants
 
 STEP = SCRIPTS[0]
 ALPACA = {"instruction": "instruction", "input": "input", "output": "output"}
@@ -48,7 +49,7 @@ def step():
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return files.load_tokenizer(str(tiny), None, "auto")
+    return chat.load_tokenizer(str(tiny), None, "auto")
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def exit_2(capsys, *said: str):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, errors
     for words in said:
-        assert words in errors[0], (words, errors)
+        assert words in plain(errors[0]), (words, errors)
 
 
 def convert(step, rows: list, schema: dict, tokenizer, max_length: int) -> tuple[list, collections.Counter]:
@@ -628,7 +629,7 @@ def test_a_conversation_of_several_turns_is_kept_whole(step, tokenizer):
 def test_length_is_measured_in_tokens_of_the_rendered_row(step, tokenizer):
     rows = [{"instruction": "Q" * n, "input": "", "output": "é你🙂" * n} for n in range(1, 60, 7)]
     lengths = [
-        sum(map(len, files.encode(tokenizer, [user(row["instruction"])], [assistant(row["output"])]))) for row in rows
+        sum(map(len, chat.encode(tokenizer, [user(row["instruction"])], [assistant(row["output"])]))) for row in rows
     ]
     assert lengths == sorted(set(lengths))
     for limit in (lengths[0] - 1, lengths[0], lengths[4], lengths[-1] - 1, lengths[-1]):
@@ -638,10 +639,10 @@ def test_length_is_measured_in_tokens_of_the_rendered_row(step, tokenizer):
 
 
 def test_the_templates_own_text_counts_towards_the_length(step, tiny):
-    tokenizer = files.load_tokenizer(str(tiny), None, "auto")
+    tokenizer = chat.load_tokenizer(str(tiny), None, "auto")
     tokenizer.chat_template = "{{ '" + "You are 你好. " * 100 + "' }}" + tokenizer.chat_template
     row = {"instruction": "Q?", "input": "", "output": "A."}
-    length = sum(map(len, files.encode(tokenizer, [user("Q?")], [assistant("A.")])))
+    length = sum(map(len, chat.encode(tokenizer, [user("Q?")], [assistant("A.")])))
     assert length > 200
     kept, dropped = convert(step, [row], ALPACA, tokenizer, 200)
     assert (kept, dropped) == ([], {"longer than 200 tokens": 1})
@@ -649,7 +650,7 @@ def test_the_templates_own_text_counts_towards_the_length(step, tiny):
 
 def test_a_row_that_the_models_template_refuses_is_dropped(step, tiny):
     """Gemma's and Mistral's templates raise for a system turn or two user turns: seen here, not in step 2."""
-    tokenizer = files.load_tokenizer(str(tiny), None, "auto")
+    tokenizer = chat.load_tokenizer(str(tiny), None, "auto")
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         + tokenizer.chat_template
@@ -775,8 +776,8 @@ def complete(folder: Path, manifest: dict) -> bool:
     """True when the splits in `folder` are the ones that `manifest` speaks of, text by text."""
 
     def hashed(rows: list[dict]) -> str:
-        ids = [files.content_hash(row["prompt"] + row["completion"]) for row in rows]
-        return files.split_hash(ids, [row["part"] for row in rows if "part" in row])
+        ids = [handover.content_hash(row["prompt"] + row["completion"]) for row in rows]
+        return handover.split_hash(ids, [row["part"] for row in rows if "part" in row])
 
     return all(hashed(rows_of(name, folder)) == manifest["sha256"][name] for name in ("train", "eval"))
 
@@ -804,7 +805,7 @@ def test_a_run_that_fails_while_writing_leaves_the_data_as_they_were(prepare, mo
         with pytest.raises(OSError):
             prepare(tail(50))
     assert content_of(Path("data")) == before
-    assert files.read_manifest("data").items() >= old.items() and complete(Path("data"), old)
+    assert handover.read_manifest("data").items() >= old.items() and complete(Path("data"), old)
     # and the next run is none the worse for it
     assert complete(Path("data"), prepare(tail(50)))
     assert {path.name for path in Path("data").iterdir()} == {".lock", *DATA_FILES}
@@ -835,8 +836,8 @@ def test_a_run_killed_while_it_exchanges_the_files_leaves_the_data_as_they_were(
     killed = subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     # whoever reads them next finds them so
-    assert files.read_manifest("data").items() >= old.items()
-    left = {name: data for name, data in content_of(Path("data")).items() if not name.startswith(".new-")}
+    assert handover.read_manifest("data").items() >= old.items()
+    left = {name: data for name, data in content_of(Path("data")).items() if not name.startswith(".new/")}
     assert left == before
     assert complete(Path("data"), prepare(tail(50)))
     assert {path.name for path in Path("data").iterdir()} == {".lock", *DATA_FILES}
@@ -857,14 +858,14 @@ def test_an_interrupted_run_leaves_the_data_as_they_were(prepare, tiny, tmp_path
     process.send_signal(number)
     process.stderr.close()
     assert process.wait(60) in (130, 143, -number)
-    left = {name: data for name, data in content_of(Path("data")).items() if not name.startswith(".new-")}
+    left = {name: data for name, data in content_of(Path("data")).items() if not name.startswith(".new/")}
     assert left == before
     prepare(tail(50))
     assert {path.name for path in Path("data").iterdir()} == {".lock", *DATA_FILES}
 
 
 def test_only_one_run_writes_at_a_time(prepare, capsys):
-    with files.lock("data"), exit_2(capsys, "data", "another run"):
+    with handover.lock("data"), exit_2(capsys, "data", "another run"):
         prepare(tail(30))
     prepare(tail(30))
 
@@ -955,7 +956,7 @@ def test_the_exact_files_keys_and_columns(prepare, step, tiny, tmp_path):
     assert set(manifest["sha256"]) == {"train", "eval"}
     assert (manifest["source"], manifest["revision"], manifest["seed"]) == (str(tmp_path / "rows.jsonl"), None, 42)
     assert manifest["schema"] == {"name": "alpaca", "columns": ALPACA}
-    assert set(manifest["settings"]) == set(step.read_constants(ROOT / STEP))
+    assert set(manifest["settings"]) == set(read_constants(ROOT / STEP))
     assert manifest["settings"]["MODEL_NAME"] == str(tiny)
     assert manifest["settings"]["EVAL_FRACTION"] == 0.2
 
@@ -970,18 +971,18 @@ def test_the_exact_files_keys_and_columns(prepare, step, tiny, tmp_path):
     assert complete(Path("data"), manifest)
     for row in [*train, *held_out]:
         assert len(row["completion"]) == 1 and row["completion"][0]["role"] == "assistant"
-        assert row["id"] == files.content_hash(row["prompt"] + row["completion"])
+        assert row["id"] == handover.content_hash(row["prompt"] + row["completion"])
 
 
 def test_the_readers_of_data_accept_it_and_say_what_is_missing(prepare, capsys):
     with exit_2(capsys, "data/manifest.json is missing", "python 1_prepare_dataset.py"):
-        files.read_manifest("data")
+        handover.read_manifest("data")
     prepare(tail(30))
-    assert files.read_manifest("data")["rows"]["kept"] == 30
-    assert len(files.load_split("data", "train")) == 24
+    assert handover.read_manifest("data")["rows"]["kept"] == 30
+    assert len(handover.load_split("data", "train")) == 24
     shutil.rmtree("data/train")
     with exit_2(capsys, "data/train is missing", "python 1_prepare_dataset.py"):
-        files.read_manifest("data")
+        handover.read_manifest("data")
 
 
 # --- what a row is in text and tokens
@@ -1073,9 +1074,9 @@ TEXTS = {
 @pytest.mark.parametrize("bos", [False, True], ids=["phi", "with BOS"])
 @pytest.mark.parametrize("name", TEXTS)
 def test_our_formats_to_the_letter(tiny, with_bos, name, bos):
-    tokenizer = files.load_tokenizer(str(with_bos if bos else tiny), None, name)
+    tokenizer = chat.load_tokenizer(str(with_bos if bos else tiny), None, name)
     turns = [system("S"), user("Q1"), assistant("A1"), user("Q2")]
-    before, after = files.render(tokenizer, turns, [assistant("A2")])
+    before, after = chat.render(tokenizer, turns, [assistant("A2")])
     eos = tokenizer.eos_token
     assert before == ("<s>" if bos else "") + TEXTS[name][0].format(eos=eos)
     assert after == TEXTS[name][1].format(eos=eos)
@@ -1091,22 +1092,22 @@ def test_ids_of_a_row(tiny, with_bos, chat_models, model, conversation):
     prompt, text = CONVERSATIONS[conversation]
     completion = [assistant(text)]
     if model in chat_models:
-        tokenizer = files.load_tokenizer(str(chat_models[model]), None, "auto")
+        tokenizer = chat.load_tokenizer(str(chat_models[model]), None, "auto")
     else:
         source = with_bos if model.startswith("bos ") else tiny
-        tokenizer = files.load_tokenizer(str(source), None, model.split()[-1])
-    context, ids = files.encode(tokenizer, prompt, completion)
+        tokenizer = chat.load_tokenizer(str(source), None, model.split()[-1])
+    context, ids = chat.encode(tokenizer, prompt, completion)
 
     # generation starts from exactly these ids
     asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     assert context == asked
     # the answer, then one end token, and no other special token in between
     end = "<|im_end|>" if model in ("qwen", "end of turn is not eos") else tokenizer.eos_token
-    assert ids[-1] == tokenizer.convert_tokens_to_ids(end) == files.answer_end(tokenizer)
+    assert ids[-1] == tokenizer.convert_tokens_to_ids(end) == chat.answer_end(tokenizer)
     assert not set(ids[:-1]) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(ids[:-1]).removeprefix(" ") == text.removeprefix(" ")
     # nothing is lost between text and ids
-    before, after = files.render(tokenizer, prompt, completion)
+    before, after = chat.render(tokenizer, prompt, completion)
     assert tokenizer.decode(context) + tokenizer.decode(ids) == before + after
     whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
     assert whole.startswith(before + after) and not whole[len(before + after) :].strip()
@@ -1119,9 +1120,9 @@ def test_ids_of_a_row(tiny, with_bos, chat_models, model, conversation):
 
 def test_auto_keeps_a_models_own_template_and_a_format_replaces_it(chat_models):
     for name, template in (("zephyr", ZEPHYR), ("qwen", CHATML_DEFAULT)):
-        assert files.load_tokenizer(str(chat_models[name]), None, "auto").chat_template == template
-        alpaca = files.load_tokenizer(str(chat_models[name]), None, "alpaca")
-        assert "### Response:" in files.render(alpaca, [user("Q?")], [assistant("A.")])[0]
+        assert chat.load_tokenizer(str(chat_models[name]), None, "auto").chat_template == template
+        alpaca = chat.load_tokenizer(str(chat_models[name]), None, "alpaca")
+        assert "### Response:" in chat.render(alpaca, [user("Q?")], [assistant("A.")])[0]
 
 
 @pytest.mark.parametrize(
@@ -1135,7 +1136,7 @@ def test_auto_keeps_a_models_own_template_and_a_format_replaces_it(chat_models):
     ],
 )
 def test_what_could_pose_as_a_turn_is_dropped_in_each_format(step, tiny, chat_models, model, prompt_format, marks):
-    tokenizer = files.load_tokenizer(str(chat_models.get(model, tiny)), None, prompt_format)
+    tokenizer = chat.load_tokenizer(str(chat_models.get(model, tiny)), None, prompt_format)
     rows = [{"instruction": f"Q {mark} q?", "input": "", "output": "A."} for mark in marks]
     rows += [{"instruction": "Q?", "input": "", "output": f"A {mark} a."} for mark in marks]
     harmless = {"instruction": "Is 3 < 4 | 5 > [x] # ### Heading", "input": "", "output": "Yes | no."}
@@ -1148,7 +1149,7 @@ def test_no_token_is_added_to_a_base_model(tiny):
     from transformers import AutoTokenizer
 
     for prompt_format in ("auto", "chatml", "alpaca", "llama"):
-        tokenizer = files.load_tokenizer(str(tiny), None, prompt_format)
+        tokenizer = chat.load_tokenizer(str(tiny), None, prompt_format)
         assert len(tokenizer) == len(AutoTokenizer.from_pretrained(tiny))
         assert tokenizer.pad_token is not None
 
@@ -1161,22 +1162,13 @@ def test_an_unknown_prompt_format_names_those_that_exist(prepare, capsys):
         prepare(tail(30), PROMPT_FORMAT="chatlm")
 
 
-def test_all_wrong_settings_are_shown_at_once(prepare, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        prepare(
-            tail(30),
-            MODEL_NAME="./nowhere",
-            EVAL_FRACTION=1.0,
-            MAX_DROP_FRACTION=-0.1,
-            MAX_LENGTH=0,
-            NUM_TEST_PROMPTS=0,
-        )
-    assert end.value.code == 2
-    errors = capsys.readouterr().err
-    wrong = "MODEL_NAME EVAL_FRACTION MAX_DROP_FRACTION MAX_LENGTH NUM_TEST_PROMPTS".split()
-    assert [line.split()[1] for line in errors.splitlines()] == wrong
-    assert not Path("data").exists()
+def test_all_wrong_settings_are_shown_at_once(tmp_path):
+    wrong = {"EVAL_FRACTION": "1.0", "MAX_DROP_FRACTION": "-0.1", "MAX_LENGTH": "0", "NUM_TEST_PROMPTS": "0"}
+    wrong["MODEL_NAME"] = "./nowhere"
+    flags = [word for name, value in wrong.items() for word in (f"--{name.lower()}", value)]
+    errors = refused(run(STEP, *flags, cwd=tmp_path))
+    assert [line.split()[1] for line in errors] == list(wrong)
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_folder_that_is_no_model_and_a_missing_one(tmp_path):
@@ -1206,4 +1198,4 @@ def test_a_model_without_an_end_of_text_token_is_refused(tiny, tmp_path, capsys)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "model")
     with exit_2(capsys, "model", "eos_token"):
-        files.load_tokenizer(str(tmp_path / "model"), None, "auto")
+        chat.load_tokenizer(str(tmp_path / "model"), None, "auto")

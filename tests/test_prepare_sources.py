@@ -18,7 +18,9 @@ import pytest
 from conftest import SCRIPTS, load_script, ok, refused, run, write_rows
 from hub import Hub, finance_rows
 
-from configs import files, settings
+from configs import chat
+from configs.hub import model_problems
+from configs.settings import override
 
 STEP = SCRIPTS[0]
 PHRASES = [
@@ -223,7 +225,7 @@ def prepare(path: Path, tiny: Path, *flags: str) -> subprocess.CompletedProcess:
     os.chdir(path.parent)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            settings.override(vars(step), given)
+            override(vars(step), given, check=model_problems)
             step.main()
         except SystemExit as end:
             code = end.code
@@ -376,7 +378,7 @@ def test_rows_that_are_all_nearly_equal_cannot_be_split(tiny, tmp_path):
     text = "The annual report says that revenue grew in the north and fell in the south. Comment on it, "
     rows = [{"instruction": text + word, "output": f"{word}!"} for word in "abcdefghijklmnopqrstuvwxyz"]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    refused(prepare(path, tiny), "26 of their prompts are nearly equal", "--near_duplicate_threshold")
+    refused(prepare(path, tiny), "26 of their prompts are near-duplicates", "--near_duplicate_threshold")
     ok(prepare(path, tiny, "--near_duplicate_threshold", "none"))
 
 
@@ -406,7 +408,7 @@ def test_the_report_says_what_was_done(step, tiny, tmp_path, tokenizer_of_tiny):
         sum(
             map(
                 len,
-                files.encode(
+                chat.encode(
                     tokenizer_of_tiny, [{"role": "user", "content": q}], [{"role": "assistant", "content": a}]
                 ),
             )
@@ -445,7 +447,7 @@ def test_what_was_changed_is_said(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer_of_tiny(tiny):
-    return files.load_tokenizer(str(tiny), None, "auto")
+    return chat.load_tokenizer(str(tiny), None, "auto")
 
 
 # --- what an attack found

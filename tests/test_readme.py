@@ -7,7 +7,7 @@ import shlex
 import pytest
 from conftest import ROOT, SCRIPTS
 
-from configs.settings import list_presets, override, preset_path, read_constants, split_flags
+from configs.settings import list_presets, override, override_all, preset_path, read_constants
 
 READMES = ["README.md", "README.zh-CN.md"]
 DEMO = "pip install -r requirements.txt && python run_all.py --demo"
@@ -121,9 +121,9 @@ def check(script: str, words: list[str]) -> None:
     if script == "run_all.py":
         import run_all
 
-        own, rest = run_all.own_flags(words)
-        split_flags((["--preset", own["preset"]] if own["preset"] else []) + rest, ROOT)
-        assert own["steps"] is None or run_all.parse_steps(own["steps"])
+        own = {"__file__": str(ROOT / script), **{n: c.default for n, c in read_constants(ROOT / script).items()}}
+        override_all(own, words)
+        assert own["STEPS"] is None or run_all.parse_steps(own["STEPS"])
     elif script in CONSTANTS:
         defaults = {name: constant.default for name, constant in CONSTANTS[script].items()}
         override({"__file__": str(ROOT / script), **defaults}, words)

@@ -57,6 +57,7 @@ Path("outputs/demo_base_model/config.json").write_text("{}")
 with open("calls.jsonl", "a") as file:
     file.write('{"step": "base model"}\\n')
 """
+RUN_ALL_ONLY = {"PRESET", "STEPS", "YES", "DEMO", "LANGUAGE"}
 SMALL = "description: a small story\nall:\n  seed: 7\nlora:\n  learning_rate: 3e-4\n"
 
 
@@ -66,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "run_all.py", tmp_path)
     (tmp_path / "configs" / "demo").mkdir(parents=True)
     (tmp_path / "configs" / "presets").mkdir()
-    for name in ("__init__.py", "settings.py", "files.py", "presets/demo.yaml"):
+    for name in ("__init__.py", "settings.py", "flags.py", "values.py", "hub.py", "presets/demo.yaml"):
         shutil.copy(ROOT / "configs" / name, tmp_path / "configs" / name)
     (tmp_path / "configs" / "presets" / "small.yaml").write_text(SMALL)
     (tmp_path / "configs" / "demo" / "base_model.py").write_text(BASE_MODEL)
@@ -174,22 +175,22 @@ def test_an_answer_runs_just_these_steps(folder, answer, expected):
     child = terminal(folder)
     child.expect_exact(TEXTS["en"]["ask"])
     child.sendline(answer)
-    said = end(child)
+    shown = end(child)
     assert child.exitstatus == 0
     assert steps(folder) == expected
-    table = said.rpartition("All done in ")[2].splitlines()[1:]
+    table = shown.rpartition("All done in ")[2].splitlines()[1:]
     assert [line.split()[0] for line in table] == list(expected)  # one line of time for each
 
 
-@pytest.mark.parametrize("leave", ["q", "Q", "quit", "\x04", "\x03"])
-def test_leaving_runs_nothing(folder, leave):
+@pytest.mark.parametrize(("leave", "code"), [("q", 0), ("Q", 0), ("quit", 0), ("\x04", 0), ("\x03", 130)], ids=repr)
+def test_leaving_runs_nothing(folder, leave, code):
     child = terminal(folder)
     child.expect_exact(TEXTS["en"]["ask"])
     child.send(leave if leave < " " else leave + "\n")  # else Ctrl-D or Ctrl-C
-    said = end(child)
-    assert TEXTS["en"]["nothing"] in said
-    assert "Traceback" not in said
-    assert child.exitstatus == 0
+    shown = end(child)
+    assert TEXTS["en"]["nothing"] in shown
+    assert "Traceback" not in shown
+    assert child.exitstatus == code
     assert not calls(folder)
 
 
@@ -204,8 +205,8 @@ def test_the_menu_in_chinese(folder):
     child.expect_exact(words["wrong"])
     child.expect_exact(words["ask"])
     child.sendline("1")
-    said = end(child)
-    assert words["done"].partition("{")[0] in said and words["steps"][0] in said
+    shown = end(child)
+    assert words["done"].partition("{")[0] in shown and words["steps"][0] in shown
     assert child.exitstatus == 0
     assert steps(folder) == "1"
 
@@ -238,6 +239,63 @@ def test_help_needs_no_terminal_and_runs_nothing(folder):
         for words in ("--preset", "--steps", "--yes", "--demo", "--language", "a small story"):
             assert words in result.stdout
     assert not calls(folder)
+
+
+def test_help_lists_its_settings_and_presets(folder):
+    lines = run(folder, "--help").stdout.splitlines()
+    for line in ("  --steps str|none", "  --yes true|false", "  --demo true|false", "  --language en|zh"):
+        assert line in lines
+    assert "      small        a small story" in lines
+    assert sum(line.strip().startswith("--preset NAME") for line in lines) == 1
+    for section in SECTIONS.values():
+        assert section in "\n".join(lines)
+    assert RUN_ALL_ONLY.isdisjoint(name for script in SCRIPTS for name in read_constants(ROOT / script))
+
+
+def test_its_constants_can_be_edited(folder):
+    script = folder / "run_all.py"
+    original = script.read_text("utf-8")
+
+    def edit(name: str, value: str) -> None:
+        changed = re.sub(rf"^({name}\b.*? = )\S+", rf"\g<1>{value}", original, flags=re.MULTILINE)
+        assert changed != original
+        script.write_text(changed, "utf-8")
+
+    edit("STEPS", '"2-3"')
+    assert run(folder).returncode == 0
+    assert steps(folder) == "23"
+    assert run(folder, "--steps", "1").returncode == 0
+    assert steps(folder) == "1"  # a flag beats it
+    edit("PRESET", '"small"')
+    assert run(folder, "--yes").returncode == 0
+    assert {call["SEED"] for call in calls(folder) if "SEED" in call} == {7}
+    edit("LANGUAGE", '"fr"')
+    refused(
+        run(folder, "--yes"),
+        "run_all.py, line ",
+        "LANGUAGE is 'fr'; choose en or zh: change it there, or --language en",
+    )
+    assert not calls(folder)
+
+
+def test_mistakes_in_its_own_settings_and_in_those_of_a_step_come_together(folder):
+    result = run(folder, "--language", "fr", "--num_epoch", "1", "--batch_size", "0", "--yes", "maybe")
+    assert refused(result) == [
+        "error: LANGUAGE is 'fr'; choose en or zh: --language en",
+        "error: unknown setting --num_epoch; did you mean --num_epochs?",
+        "error: BATCH_SIZE is 0; it must be at least 1: --batch_size 4",
+        "error: YES wants true or false (bool), e.g. --yes false; --yes has 'maybe'",
+    ]
+
+
+def test_a_pipe_that_nobody_reads_ends_it_without_a_word(folder):
+    for name in SCRIPTS:
+        with open(folder / name, "a") as file:
+            file.write("for _ in range(20000): print('line')\n")
+    line = f"{sys.executable} run_all.py --yes | head -1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True)
+    assert (result.stdout.splitlines()[-1], result.stderr) == ("141", "")
+    assert steps(folder) == "1"
 
 
 @pytest.mark.parametrize(
@@ -284,8 +342,8 @@ def test_parse_steps(text, expected):
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet="0123456789,- al\uff0c\u2014", max_size=7))
 def test_parse_steps_of_anything_typed(text):
-    found = parse_steps(text)
-    assert found is None or (found and found == sorted(set(found)) and set(found) <= {1, 2, 3, 4})
+    numbers = parse_steps(text)
+    assert numbers is None or (numbers and numbers == sorted(set(numbers)) and set(numbers) <= {1, 2, 3, 4})
 
 
 def test_an_endless_list_of_steps_is_refused_at_once(folder):
@@ -333,9 +391,9 @@ def test_flags_hold_for_what_is_chosen_in_the_menu(folder):
 def test_the_demo_makes_its_base_model_once(folder):
     demo = yaml.safe_load((folder / "configs" / "presets" / "demo.yaml").read_text("utf-8"))
     assert run(folder, "--demo").returncode == 0
-    found = calls(folder)
-    assert [call["step"] for call in found] == ["base model", "1", "2", "3", "4"]
-    assert {call["MODEL_NAME"] for call in found[1:]} == {demo["all"]["model_name"]}
+    made = calls(folder)
+    assert [call["step"] for call in made] == ["base model", "1", "2", "3", "4"]
+    assert {call["MODEL_NAME"] for call in made[1:]} == {demo["all"]["model_name"]}
     assert run(folder, "--demo", "--steps", "1").returncode == 0
     assert steps(folder) == "1"
     shutil.rmtree(folder / "outputs")
@@ -347,7 +405,7 @@ def test_the_demo_makes_its_base_model_once(folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--preset", "smal"], "did you mean small?"),
         (["--num_epoch", "1"], "did you mean --num_epochs?"),
@@ -357,12 +415,19 @@ def test_the_demo_makes_its_base_model_once(folder):
         (["--steps", "7"], "--steps 2-4"),
         (["--steps", "1-"], "--steps 2-4"),
         (["--language", "fr"], "choose en or zh"),
-        (["--yes=1"], "--yes"),
-        (["2"], "unexpected argument '2'"),
+        (["--yes=2"], "YES wants true or false"),
+        (["--seed", "1", "2"], "unexpected argument '2'"),
+        (["--step", "1"], "unknown setting --step; did you mean --steps?"),
+        (["--lr", "1"], "unknown setting --lr; did you mean --learning_rate?"),
+        (["--batch_size", "0"], "BATCH_SIZE is 0; it must be at least 1: --batch_size 4"),
+        (["--full.batch_size", "0"], "BATCH_SIZE is 0; it must be at least 1: --full.batch_size 2"),
+        (["--precision", "bf17"], "PRECISION is 'bf17'; choose auto, bf16, fp16 or fp32: --precision auto"),
+        (["--run_all.steps", "1"], "there is no step run_all"),
+        (["--demo", "--preset", "small"], "--demo is --preset demo --yes; leave it out for --preset small"),
     ],
 )
-def test_a_mistake_ends_before_the_first_step(folder, words, said):
-    refused(run(folder, "--yes", *words), said)
+def test_a_mistake_ends_before_the_first_step(folder, words, message):
+    refused(run(folder, "--yes", *words), message)
     assert not calls(folder)
 
 
@@ -461,12 +526,12 @@ def test_ctrl_c_reaches_the_step_and_ends_everything(folder, behaviour):
     child = terminal(folder, "--steps", "2,3")
     child.expect_exact("READY")
     child.sendintr()
-    said = end(child)
-    assert child.exitstatus == 130, said
+    shown = end(child)
+    assert child.exitstatus == 130, shown
     (call,) = calls(folder)  # step 3 was not run
     assert gone(call["pid"])
     # a traceback may be that of the step, which does not catch KeyboardInterrupt, but not of run_all itself
-    assert 'run_all.py", line' not in said
+    assert 'run_all.py", line' not in shown
 
 
 @pytest.mark.parametrize("behaviour", ["dies", "saves", "finishes"])
@@ -492,10 +557,10 @@ def test_an_interrupted_run_goes_on_with_its_command(folder):
     child = terminal(folder, "--steps", "2,3", "--seed", "5")
     child.expect_exact("READY")
     child.sendintr()
-    said = end(child)
+    shown = end(child)
     calls(folder)
     behave(folder)
-    command = shlex.split(said.strip().splitlines()[-1])[1:]
+    command = shlex.split(shown.strip().splitlines()[-1])[1:]
     assert subprocess.run([sys.executable, *command], cwd=folder, capture_output=True).returncode == 0
     assert [(call["step"], call["SEED"]) for call in calls(folder)] == [("2", 5), ("3", 5)]
 

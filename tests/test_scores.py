@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, load_script, ok, run
+from conftest import ROOT, SCRIPTS, ok, run
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,11 +25,8 @@ from transformers import (
     PhiConfig,
 )
 
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script(SCRIPTS[3])
-
+from configs.evaluation import metrics, scoring
+from configs.evaluation.candidates import Candidate
 
 SMALL = {
     "vocab_size": 500,
@@ -88,9 +85,9 @@ def by_harness(model, tokenizer, rows) -> list[float]:
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
-def test_every_row_has_the_nll_of_lm_evaluation_harness(script, tiny, rows, name):
+def test_every_row_has_the_nll_of_lm_evaluation_harness(tiny, rows, name):
     model = build(ARCHITECTURES[name])
-    got = script.score(model, rows, None, "test")
+    got = scoring.score(model, rows, None, "test")
     assert got == pytest.approx(by_harness(model, AutoTokenizer.from_pretrained(tiny), rows), rel=1e-4)
     # and of one forward pass each, to the precision that is promised
     with torch.no_grad():
@@ -99,10 +96,10 @@ def test_every_row_has_the_nll_of_lm_evaluation_harness(script, tiny, rows, name
             wanted = logits.log_softmax(-1)[len(context) - 1 : -1]
             alone = -sum(wanted[i, t].item() for i, t in enumerate(continuation))
             assert nll == pytest.approx(alone, rel=1e-5)
-    assert script.score(model, rows, 100, "small batches") == pytest.approx(got, rel=1e-5)
+    assert scoring.score(model, rows, 100, "small batches") == pytest.approx(got, rel=1e-5)
 
 
-def test_the_scored_rows_of_a_run_have_the_nll_of_lm_evaluation_harness(script, trained, tiny, tmp_path):
+def test_the_scored_rows_of_a_run_have_the_nll_of_lm_evaluation_harness(trained, tiny, tmp_path):
     """The ids that evaluation_examples.jsonl holds, scored by the harness from the saved folders: base, LoRA (adapter
     over the 16-bit base) and full."""
     from peft import PeftModel
@@ -141,20 +138,20 @@ def work(trained: Path, folder: Path) -> Path:
     return shutil.copytree(trained, folder / "work", ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
 
 
-def test_the_logits_of_a_batch_never_exist(script, monkeypatch):
+def test_the_logits_of_a_batch_never_exist(monkeypatch):
     """The head sees only positions that predict an answer, and never more than CHUNK of them."""
     model = build(ARCHITECTURES["phi: head with a bias"])
     rows = [([5] * 50, [7] * 30) for _ in range(20)]
     seen = []
     model.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.shape))
-    monkeypatch.setattr(script, "CHUNK", 64)
-    script.score(model, rows, 10**6, "test")  # one batch
+    monkeypatch.setattr(scoring, "CHUNK", 64)
+    scoring.score(model, rows, 10**6, "test")  # one batch
     assert sum(shape[-2] for shape in seen) == 20 * 30 and max(shape[-2] for shape in seen) == 64
 
 
-def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(script, rows, monkeypatch):
+def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(rows, monkeypatch):
     model = build(ARCHITECTURES["phi: head with a bias"])
-    usual = script.score(model, rows, 10**6, "test")
+    usual = scoring.score(model, rows, 10**6, "test")
     body, most = model.model, []
 
     def small_card(module, args, kwargs):  # a fault that a CPU does not have: a card that holds 200 tokens
@@ -163,26 +160,26 @@ def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(script, ro
         most.append(kwargs["input_ids"].numel())
 
     body.register_forward_pre_hook(small_card, with_kwargs=True)
-    assert script.score(model, rows, 10**6, "test") == pytest.approx(usual, rel=1e-5)
+    assert scoring.score(model, rows, 10**6, "test") == pytest.approx(usual, rel=1e-5)
     assert len(most) > 3
     with pytest.raises(SystemExit) as end:
-        script.score(model, [([5] * 300, [7])], None, "test")
+        scoring.score(model, [([5] * 300, [7])], None, "test")
     assert end.value.code == 2
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(script):
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
     def broken(batch):
         raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        script.in_halves(broken, [1, 2, 3])
+        scoring.in_halves(broken, [1, 2, 3])
 
 
-def test_budgets_follow_the_free_memory(script, monkeypatch):
+def test_budgets_follow_the_free_memory(monkeypatch):
     model = build(ARCHITECTURES["phi: head with a bias"])
     for free, tokens, prompts in ((10**12, 2048, 64), (4 * 10**6, None, None), (1, 1, 1)):
-        monkeypatch.setattr(script, "free_bytes", lambda _, free=free: free)
-        found = script.token_budget(model), script.prompt_budget(model, 400)
+        monkeypatch.setattr(scoring, "free_bytes", lambda _, free=free: free)
+        found = scoring.token_budget(model), scoring.prompt_budget(model, 400)
         if tokens is None:
             assert 1 <= found[0] < 2048 and 1 <= found[1] < 64
         else:
@@ -192,11 +189,9 @@ def test_budgets_follow_the_free_memory(script, monkeypatch):
 # --- answers
 
 
-def test_a_models_own_decoding_settings_do_not_count(script, tiny, tmp_path):
+def test_a_models_own_decoding_settings_do_not_count(tiny, tmp_path):
     """A chat model's generation_config (temperature, repetition penalty, a shorter length) would make the answers of
     the three incomparable."""
-    from types import SimpleNamespace
-
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     with torch.no_grad():
@@ -207,20 +202,19 @@ def test_a_models_own_decoding_settings_do_not_count(script, tiny, tmp_path):
     )
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "chatty")
-    c = SimpleNamespace(MODEL_NAME=str(tmp_path / "chatty"), MODEL_REVISION=None)
-    loaded = script.load_model(c, c.MODEL_NAME, None, torch.float32, False)
+    loaded = scoring.load_model([Candidate("base", "base", str(tmp_path / "chatty"))], torch.float32, None)
     tokenizer.pad_token = tokenizer.eos_token
     prompt, ids = [11, 45, 300], [11, 45, 300]
     with torch.no_grad():
         for _ in range(20):
             ids.append(loaded(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
-    (found,) = script.answer(loaded, tokenizer, [prompt], [tokenizer.eos_token_id], 20, None, "test")
+    (found,) = scoring.answer(loaded, tokenizer, [prompt], [tokenizer.eos_token_id], 20, None, "test")
     assert found["answer"] == tokenizer.decode(ids[3:]).strip()
     other = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 3, dtype=torch.long))
     assert other[0, : len(ids)].tolist() != ids  # the settings would have made a difference
 
 
-def test_answers_with_a_temperature_are_the_same_at_every_run(script, tiny):
+def test_answers_with_a_temperature_are_the_same_at_every_run(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     model.generation_config = GenerationConfig()
     tokenizer = AutoTokenizer.from_pretrained(tiny)
@@ -231,7 +225,7 @@ def test_answers_with_a_temperature_are_the_same_at_every_run(script, tiny):
     def said(temperature: float, seed: int) -> list[str]:
         prompts = [[11, 45, 300], [7, 8], [99]]
         return [
-            a["answer"] for a in script.answer(model, tokenizer, prompts, [1], 12, None, "test", temperature, seed)
+            a["answer"] for a in scoring.answer(model, tokenizer, prompts, [1], 12, None, "test", temperature, seed)
         ]
 
     assert said(3.0, 1) == said(3.0, 1)
@@ -291,33 +285,46 @@ def test_a_prompt_under_two_processes_is_answered_once(trained, tiny, tmp_path):
 # --- what is scored besides
 
 
-def test_perplexity_is_of_the_sums(script):
+def test_perplexity_is_of_the_sums():
     draw = np.random.default_rng(0)
     nll, tokens, sizes = draw.gamma(2, 30, 40), draw.integers(1, 90, 40), draw.integers(5, 400, 40)
-    found = script.AnswerLikelihood().compute(nll=nll, tokens=tokens, bytes=sizes)
+    found = metrics.likelihood(nll, tokens, sizes)
     assert found["nll_per_token"] == pytest.approx(nll.sum() / tokens.sum())
     assert found["perplexity"] == pytest.approx(math.exp(nll.sum() / tokens.sum()))
     assert found["bits_per_byte"] == pytest.approx(nll.sum() / math.log(2) / sizes.sum())
     assert abs(found["nll_per_token"] - np.mean(nll / tokens)) > 0.1
+    assert scoring.RowMetric(metrics.likelihood).compute(nll=nll, tokens=tokens, sizes=sizes) == pytest.approx(found)
 
 
-def test_metrics_are_metrics_of_evaluate(script):
+def test_metrics_are_metrics_of_evaluate():
+    """Each function through evaluate.Metric gives what it gives by itself."""
     import evaluate
 
-    texts = {"predictions": ["Bonds pay.", ""], "references": ["Bonds pay interest.", "No."]}
-    for kind in (script.AnswerQuality, script.StyleMatch):
-        metric = kind()
-        assert isinstance(metric, evaluate.Metric) and len(metric.description) > 50
-        assert len(metric.compute(**texts)["rows"]) == 2
-    rows = script.StyleMatch().compute(**texts)["rows"]
-    assert rows == [script.style_match(p, r) for p, r in zip(texts["predictions"], texts["references"], strict=True)]
-    found = script.HelpfulnessProxy().compute(**texts, stopped=[True, False])["rows"]
-    assert found == [
-        script.helpfulness_proxy("Bonds pay interest.", "Bonds pay.", True),
-        script.helpfulness_proxy("No.", "", False),
-    ]
-    pairs = (script.AnswerLikelihood, script.HelpfulnessProxy, script.EmbeddingSimilarity)
-    assert all(issubclass(kind, evaluate.Metric) for kind in pairs)
+    answers, references = ["Bonds pay.", "", "复利。"], ["Bonds pay interest.", "No.", "复利滚存。"]
+    texts = {"answers": answers, "references": references}
+    asked = {"answers": answers, "questions": ["What do bonds pay?", "Why?", "复利?"], "stopped": [True, False, True]}
+
+    def embed(some: list[str]) -> np.ndarray:
+        angles = np.array([len(text) for text in some], float)
+        return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+    for function, columns in (
+        (metrics.answer_quality, texts),
+        (metrics.rouge_l, texts),
+        (metrics.chrf, texts),
+        (metrics.style_match, texts),
+        (metrics.helpfulness_proxy, asked),
+        (metrics.embedding_similarity, texts | {"embed": embed}),
+    ):
+        metric = scoring.RowMetric(function)
+        assert isinstance(metric, evaluate.Metric) and metric.description == function.__doc__
+        rows = metric.compute(**columns)["rows"]
+        assert rows == function(**columns) and len(rows) == 3 and rows[0] != rows[1], function.__name__
+        with pytest.raises(ValueError):  # columns of different lengths
+            function(**columns | {"answers": answers[:2]})
+    for function in (metrics.answer_quality, metrics.style_match, metrics.helpfulness_proxy, metrics.likelihood):
+        assert len(function.__doc__) > 30
+    assert isinstance(scoring.RowMetric(metrics.likelihood), evaluate.Metric)
 
 
 @pytest.fixture(scope="module")
@@ -346,17 +353,20 @@ def embedder(tmp_path_factory, tiny) -> Path:
     return folder / "model"
 
 
-def test_embedding_similarity_is_the_cosine(script, embedder):
+def test_embedding_similarity_is_the_cosine(embedder):
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(embedder), device="cpu")
     texts, references = ["Bonds pay.", "Save first.", " "], ["Bonds pay.", "Buy a fund.", "No."]
-    found = script.EmbeddingSimilarity().compute(predictions=texts, references=references, model=model)["rows"]
+
+    def embed(some: list[str]) -> np.ndarray:
+        return model.encode(some, normalize_embeddings=True, convert_to_numpy=True)
+
+    found = metrics.embedding_similarity(texts, references, embed)
     a, b = model.encode(texts), model.encode(references)
     cosine = (a * b).sum(1)[:2] / np.linalg.norm(a, axis=1)[:2] / np.linalg.norm(b, axis=1)[:2]
     assert found == pytest.approx([*cosine, 0], abs=1e-5)  # an empty text means nothing
-    empty = {"predictions": ["", ""], "references": ["No.", "Yes."]}
-    assert script.EmbeddingSimilarity().compute(**empty, model=model)["rows"] == [0, 0]
+    assert metrics.embedding_similarity(["", ""], ["No.", "Yes."], embed) == [0, 0]
     assert found[0] == pytest.approx(1, abs=1e-5) and all(-1 <= v <= 1 for v in found) and found[1] < 0.999
 
 

@@ -13,8 +13,12 @@ import torch
 from conftest import ROOT, SCRIPTS, load_script, refused, run, write_rows
 from datasets import Dataset
 
-from configs import files, machine, training
+from configs import chat, device, handover
 from configs.settings import read_constants
+from configs.training.memory import Plan, Sizes
+from configs.training.runlog import RunLog, resume_point
+from configs.training.trainer import ExactTrainer, LengthGroupedSampler, token_rows
+from configs.training.trainer import problems as training_problems
 
 # --- the scripts' own functions, in this process
 
@@ -26,7 +30,7 @@ def scripts() -> dict:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return files.load_tokenizer(str(tiny), None, "auto")
+    return chat.load_tokenizer(str(tiny), None, "auto")
 
 
 def constants(script: str, **changed) -> SimpleNamespace:
@@ -54,9 +58,9 @@ def arguments(scripts: dict, script: str, folder: Path, tiny: Path, **changed):
     return c, scripts[script].training_arguments(c, torch.float32, plan_of(c))
 
 
-def plan_of(c: SimpleNamespace) -> machine.Plan:
+def plan_of(c: SimpleNamespace) -> Plan:
     """The plan that takes the constants as they are."""
-    return machine.Plan(
+    return Plan(
         checkpointing=c.GRADIENT_CHECKPOINTING is True,
         optim="adamw_torch" if c.OPTIM == "auto" else c.OPTIM,
         half_weights=False,
@@ -121,7 +125,7 @@ def test_eval_loss_is_the_mean_over_tokens(scripts, tokenizer, tiny, uneven, tmp
 
     c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny)
     data = {"train_dataset": uneven, "eval_dataset": uneven, "processing_class": tokenizer}
-    trainer = training.ExactTrainer(model=full_model(scripts, c), args=args, **data)
+    trainer = ExactTrainer(model=full_model(scripts, c), args=args, **data)
     sums = row_sums(tiny, uneven)
     expected = over_tokens(sums)
     for size in (1, 3, 8):
@@ -153,7 +157,7 @@ def test_best_checkpoint_is_chosen_over_tokens(scripts, tokenizer, tiny, uneven,
         SAVE_TOTAL_LIMIT=9,
         LR_SCHEDULER="constant",
     )
-    trainer = training.ExactTrainer(
+    trainer = ExactTrainer(
         model=full_model(scripts, c), args=args, train_dataset=short, eval_dataset=uneven, processing_class=tokenizer
     )
     trainer.train()
@@ -178,7 +182,7 @@ def lengths_of(n: int, seed: int = 0) -> list[int]:
 
 
 def order(lengths: list[int], group: int = 16, seed: int = 42, epoch: int = 0) -> list[int]:
-    return list(training.LengthGroupedSampler(lengths, group, seed, lambda: epoch))
+    return list(LengthGroupedSampler(lengths, group, seed, lambda: epoch))
 
 
 def padding(lengths: list[int], rows: list[int], size: int = 4) -> int:
@@ -193,7 +197,7 @@ def test_sampler_is_a_permutation_in_whole_groups(n):
     lengths = lengths_of(n)
     rows = order(lengths)
     assert sorted(rows) == list(range(n))
-    assert len(training.LengthGroupedSampler(lengths, 16, 42, lambda: 0)) == n
+    assert len(LengthGroupedSampler(lengths, 16, 42, lambda: 0)) == n
     # Within a group the longest row comes first. So a group that straddled two steps, because a short one stands in
     # front of it, would show here.
     for start in range(0, n, 16):
@@ -231,7 +235,7 @@ def test_sampler_depends_on_seed_and_epoch_alone():
 
 def test_sampler_asks_for_the_epoch_anew_each_time():
     epoch, lengths = [0], lengths_of(100)
-    sampler = training.LengthGroupedSampler(lengths, 16, 42, lambda: epoch[0])
+    sampler = LengthGroupedSampler(lengths, 16, 42, lambda: epoch[0])
     first = list(sampler)
     epoch[0] = 1
     assert list(sampler) == order(lengths, epoch=1) != first
@@ -249,7 +253,7 @@ def test_sampler_groups_rows_of_similar_lengths():
 
 def test_trainer_samples_by_effective_batch_and_its_own_epoch(scripts, tokenizer, tiny, uneven, tmp_path):
     c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny, GRADIENT_ACCUMULATION_STEPS=3, SEED=5)
-    trainer = training.ExactTrainer(
+    trainer = ExactTrainer(
         model=full_model(scripts, c), args=args, train_dataset=uneven, eval_dataset=uneven, processing_class=tokenizer
     )
     for epoch in (0, 1, 1.5):
@@ -277,7 +281,7 @@ def test_qlora_trains_in_fp32(scripts, tokenizer, tiny, uneven, tmp_path):
     from bitsandbytes.nn import Linear4bit
     from trl import SFTTrainer
 
-    trainer = qlora(scripts, tokenizer, tiny, uneven, tmp_path, training.ExactTrainer)
+    trainer = qlora(scripts, tokenizer, tiny, uneven, tmp_path, ExactTrainer)
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     linear = [module for module in trainer.model.modules() if isinstance(module, Linear4bit)]
     assert len(linear) == 2 * 6  # q, k, v, dense, fc1, fc2 of two layers
@@ -294,7 +298,7 @@ def test_qlora_trains_in_fp32(scripts, tokenizer, tiny, uneven, tmp_path):
 def test_evaluation_leaves_gradients_as_they_were(scripts, tokenizer, tiny, uneven, tmp_path):
     """bitsandbytes repacks 4-bit weights at the first evaluation on CPUs with avx512_bf16 (elsewhere this holds by
     itself): no gradient would come through to the first layer any more."""
-    trainer = qlora(scripts, tokenizer, tiny, uneven, tmp_path, training.ExactTrainer, LORA_DROPOUT=0.0)
+    trainer = qlora(scripts, tokenizer, tiny, uneven, tmp_path, ExactTrainer, LORA_DROPOUT=0.0)
     with torch.no_grad():
         for name, p in trainer.model.named_parameters():
             if "lora_B" in name:  # B starts at zero, and A would have no gradient
@@ -348,25 +352,28 @@ def test_lora_trains_under_one_percent_of_phi_2(phi_2):
 def test_parameter_count(phi_2, tiny):
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-    assert training.parameter_count(phi_2) == 2_779_683_840
+    def count(config) -> int:
+        return Sizes(config, None, torch.float32, 8).total
+
+    assert count(phi_2) == 2_779_683_840
     real = AutoModelForCausalLM.from_pretrained(tiny)
-    assert training.parameter_count(AutoConfig.from_pretrained(tiny)) == sum(p.numel() for p in real.parameters())
+    assert count(AutoConfig.from_pretrained(tiny)) == sum(p.numel() for p in real.parameters())
     # a head that is the embedding is counted once
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     tied, free = (LlamaConfig(**shape, tie_word_embeddings=tie) for tie in (True, False))
-    assert training.parameter_count(free) - training.parameter_count(tied) == 512 * 64
+    assert count(free) - count(tied) == 512 * 64
 
 
 # --- labels
 
 
 def rows_for(tokenizer, prepared: Path, part="train", limit=None, max_length=1024, fraction=0.2) -> Dataset:
-    return training.token_rows(str(prepared / "data"), part, limit, tokenizer, max_length, fraction)
+    return token_rows(str(prepared / "data"), part, limit, tokenizer, max_length, fraction)
 
 
 def test_labels_are_masked_by_position(tokenizer, prepared):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id  # else the test below could not fail
-    rows, source = rows_for(tokenizer, prepared), files.load_split(prepared / "data", "train")
+    rows, source = rows_for(tokenizer, prepared), handover.load_split(prepared / "data", "train")
     assert len(rows) == len(source)
     for row, original in zip(rows, source, strict=True):
         ids, labels = row["input_ids"], row["labels"]
@@ -383,7 +390,7 @@ def test_labels_are_masked_by_position(tokenizer, prepared):
 def test_end_token_is_trained_although_it_pads(scripts, tokenizer, tiny, prepared, tmp_path):
     rows = rows_for(tokenizer, prepared, limit=8)
     c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny)
-    trainer = training.ExactTrainer(
+    trainer = ExactTrainer(
         model=full_model(scripts, c), args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
     )
     batch = trainer.data_collator([rows[i] for i in range(8)])
@@ -428,10 +435,10 @@ def test_too_many_rows_that_do_not_fit_end_the_run(tokenizer, prepared, capsys):
 
 
 def test_validation_never_sees_the_test_part(tokenizer, prepared):
-    source = files.load_split(prepared / "data", "eval")
+    source = handover.load_split(prepared / "data", "eval")
     assert set(source["part"]) == {"validation", "test"}
     wanted = [row for row in source if row["part"] == "validation"]
-    expected = [sum(files.encode(tokenizer, row["prompt"], row["completion"]), []) for row in wanted]
+    expected = [sum(chat.encode(tokenizer, row["prompt"], row["completion"]), []) for row in wanted]
     assert rows_for(tokenizer, prepared, "validation")["input_ids"] == expected
     assert rows_for(tokenizer, prepared, "validation", limit=3)["input_ids"] == expected[:3]
 
@@ -440,7 +447,7 @@ def test_validation_never_sees_the_test_part(tokenizer, prepared):
 
 
 def problems(script: str = SCRIPTS[1], **changed) -> list[str]:
-    return training.settings_problems(vars(constants(script, **changed)))
+    return training_problems(vars(constants(script, **changed)))
 
 
 def test_defaults_have_no_problems():
@@ -451,22 +458,12 @@ def test_defaults_have_no_problems():
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"BATCH_SIZE": 0}, "--batch_size 1"),
-        ({"GRADIENT_ACCUMULATION_STEPS": 0}, "GRADIENT_ACCUMULATION_STEPS is 0"),
-        ({"LORA_R": -1}, "LORA_R is -1"),
-        ({"LEARNING_RATE": 0.0}, "LEARNING_RATE is 0.0"),
-        ({"NUM_EPOCHS": -1.0}, "NUM_EPOCHS is -1.0"),
-        ({"WARMUP_RATIO": 100.0}, "WARMUP_RATIO is 100.0"),
-        ({"MAX_TRAIN_SAMPLES": 0}, "--max_train_samples none"),
-        ({"MAX_STEPS": -1}, "--max_steps none"),
         ({"EVAL_STEPS": 2.5, "SAVE_STEPS": 5.0}, "EVAL_STEPS is 2.5"),
         ({"EVAL_STEPS": 4.0, "SAVE_STEPS": 6.0}, "--save_steps 4.0"),
         ({"EVAL_STEPS": 0.1, "SAVE_STEPS": 10.0}, "must equal EVAL_STEPS"),
         ({"EVAL_STEPS": 10.0, "SAVE_STEPS": 5.0}, "must equal EVAL_STEPS"),
-        ({"PRECISION": "bf8"}, "choose auto, bf16, fp16 or fp32"),
-        ({"LR_SCHEDULER": "cosin"}, "cosine"),
-        ({"OPTIM": "adam"}, "adamw_torch"),
-        ({"LORA_DROPOUT": 1.5}, "LORA_DROPOUT is 1.5"),
+        ({"REPORT_TO": "tensorbord"}, "choose one of: tensorboard"),
+        ({"REPORT_TO": "tensorboard,none"}, "none stands alone"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -476,7 +473,7 @@ def test_settings_that_are_refused(changed, said):
 
 
 def test_settings_problems_come_together():
-    assert len(problems(BATCH_SIZE=0, LEARNING_RATE=-1.0, PRECISION="x")) == 3
+    assert len(problems(EVAL_STEPS=2.5, SAVE_STEPS=3.5, REPORT_TO="x")) == 3
 
 
 def test_4bit_with_zero_3_is_refused(monkeypatch):
@@ -528,15 +525,15 @@ def test_a_gpu_that_torch_does_not_see_is_named(without_gpu, monkeypatch, tmp_pa
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.version, "cuda", None)
-    (found,) = machine.machine_problems()
+    (found,) = device.machine_problems()
     assert "GPU 0: NVIDIA H200" in found and torch.__version__ in found
     assert "install a CUDA build" in found and "CUDA_VISIBLE_DEVICES=" in found
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    (found,) = machine.machine_problems()
+    (found,) = device.machine_problems()
     assert "driver is too old for its CUDA 13.0" in found
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert machine.machine_problems() == []
+        assert device.machine_problems() == []
 
 
 @pytest.mark.parametrize("script", ["echo 'No devices were found'", "echo 'GPU 0: lost'; exit 9", None])
@@ -545,7 +542,7 @@ def test_a_machine_without_a_gpu_is_fine(without_gpu, monkeypatch, tmp_path, scr
         smi(tmp_path, script)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if script else str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert machine.machine_problems() == []
+    assert device.machine_problems() == []
 
 
 def test_two_gpus_under_plain_python_name_both_commands(monkeypatch):
@@ -553,25 +550,25 @@ def test_two_gpus_under_plain_python_name_both_commands(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("sys.argv", ["2_lora_finetuning.py", "--num_epochs", "1"])
     monkeypatch.delenv("RANK", raising=False)
-    (found,) = machine.machine_problems()
+    (found,) = device.machine_problems()
     assert "CUDA_VISIBLE_DEVICES=0 python 2_lora_finetuning.py" in found
     assert "accelerate launch --num_processes 2 2_lora_finetuning.py" in found
     monkeypatch.setenv("RANK", "0")  # a launcher started it
-    assert machine.machine_problems() == []
+    assert device.machine_problems() == []
     monkeypatch.delenv("RANK")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert machine.machine_problems() == []
+    assert device.machine_problems() == []
 
 
 def test_precision_is_what_the_hardware_has(monkeypatch):
-    assert machine.precision("fp16")[0] == torch.float16
+    assert device.precision("fp16")[0] == torch.float16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert machine.precision("auto")[0] == (torch.bfloat16 if has else torch.float32)
+    assert device.precision("auto")[0] == (torch.bfloat16 if has else torch.float32)
     # an older GPU emulates bf16, and torch says that it supports it unless asked
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert machine.precision("auto")[0] == torch.float16
+    assert device.precision("auto")[0] == torch.float16
 
 
 # --- resume
@@ -584,7 +581,7 @@ SETTINGS = {"LEARNING_RATE": 2e-4, "BATCH_SIZE": 4, "LOGGING_STEPS": 10, "RESUME
 def unfinished(tmp_path) -> Path:
     """A folder as a killed run leaves it: two checkpoints, a third cut off while it was written, a log."""
     for step in (8, 16):
-        files.write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", {"global_step": step})
+        handover.write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", {"global_step": step})
     (tmp_path / "checkpoint-24").mkdir()
     (tmp_path / "checkpoint-24" / "adapter_model.safetensors").write_bytes(b"half of it")
     (tmp_path / "checkpoint-32").mkdir()
@@ -596,11 +593,11 @@ def unfinished(tmp_path) -> Path:
 
 def write_log(folder: Path, status: str = "running", manifest: str = "abc", **settings) -> None:
     log = {"settings": {**SETTINGS, **settings}, "data": {"manifest_sha256": manifest}}
-    files.write_json(folder / "training_log.json", {**log, "summary": {"status": status}})
+    handover.write_json(folder / "training_log.json", {**log, "summary": {"status": status}})
 
 
 def point(folder: Path, resume: bool | str = "auto", **settings) -> str | None:
-    return training.resume_point(str(folder), resume, {**SETTINGS, **settings}, "abc")
+    return resume_point(str(folder), resume, {**SETTINGS, **settings}, "abc")
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
@@ -613,7 +610,7 @@ def test_an_unfinished_run_goes_on_from_its_last_whole_checkpoint(unfinished, ca
 
 
 def test_checkpoints_are_ordered_by_their_number(unfinished):
-    files.write_json(unfinished / "checkpoint-128" / "trainer_state.json", {"global_step": 128})
+    handover.write_json(unfinished / "checkpoint-128" / "trainer_state.json", {"global_step": 128})
     assert point(unfinished) == str(unfinished / "checkpoint-128")  # "checkpoint-8" is last by its name
 
 
@@ -671,13 +668,13 @@ def test_only_the_main_process_removes(unfinished, monkeypatch):
 
 def test_a_nan_ends_the_run_and_stays_readable(tiny, tmp_path):
     """NaN is no JSON: it is written as text, and the run stops at the step that showed it."""
-    from transformers import AutoConfig, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
     manifest = {"manifest_sha256": "abc", "source": "rows.jsonl"}
     settings = {**SETTINGS, "MODEL_NAME": str(tiny), "OUTPUT_DIR": str(tmp_path)}
     rows = {"train_rows": 1, "eval_rows": 1}
     plan = plan_of(constants(SCRIPTS[1]))
-    log = training.RunLog("lora", settings, plan, manifest, rows, AutoConfig.from_pretrained(tiny), None)
+    log = RunLog("lora", settings, plan, manifest, rows, None)
     state = TrainerState(is_world_process_zero=True, global_step=3, best_model_checkpoint="out/checkpoint-2")
     state.log_history = [{"loss": 2.0, "step": 2}, {"loss": math.nan, "step": 3}]
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")

@@ -15,10 +15,14 @@ from hub import tiny_phi
 from peft import AutoPeftModelForCausalLM, PeftModel
 from test_training import arguments, constants, full_model, plan_of, token_row
 from transformers import AutoModelForCausalLM
-from trl import pack_dataset
+from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from configs import files, machine, training
+from configs import chat, device
+from configs.training.memory import Plan, Sizes, make_plan, packing
+from configs.training.runlog import RunLog, overfitting
+from configs.training.runlog import run as run_training
+from configs.training.trainer import ExactTrainer
 
 LORA, FULL = SCRIPTS[1], SCRIPTS[2]
 
@@ -30,7 +34,7 @@ def scripts() -> dict:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return files.load_tokenizer(str(tiny), None, "auto")
+    return chat.load_tokenizer(str(tiny), None, "auto")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def trainer_of(scripts, script, folder, model, rows, tokenizer, **changed):
     """An ExactTrainer of a script over a tiny model, fp32, without dropout."""
     changed = {"LORA_DROPOUT": 0.0, **changed} if script == LORA else changed
     c, args = arguments(scripts, script, folder, model, **changed)
-    return training.ExactTrainer(
+    return ExactTrainer(
         model=scripts[script].build_model(c, torch.float32, plan_of(c), args.device),
         args=args,
         train_dataset=rows,
@@ -113,12 +117,12 @@ def test_the_loss_does_not_depend_on_packing_or_padding(tiny, rows):
 
 
 def test_packing_only_where_attention_keeps_rows_apart(capsys):
-    assert machine.packing("auto", "sdpa")[0] is False
-    assert machine.packing("auto", "flash_attention_2")[0] is True
-    assert machine.packing("auto", "flex_attention")[0] is True
-    assert machine.packing(False, "flash_attention_2")[0] is False
+    assert packing("auto", "sdpa")[0] is False
+    assert packing("auto", "flash_attention_2")[0] is True
+    assert packing("auto", "flex_attention")[0] is True
+    assert packing(False, "flash_attention_2")[0] is False
     with pytest.raises(SystemExit) as end:
-        machine.packing(True, "sdpa")
+        packing(True, "sdpa")
     assert end.value.code == 2 and "--packing auto" in capsys.readouterr().err
 
 
@@ -135,7 +139,7 @@ def test_a_step_that_runs_out_of_memory_comes_again_in_halves(
     shape |= {"EVAL_STEPS": 3, "SAVE_STEPS": 3}
     enough = losses_of(trainer_of(scripts, script, tmp_path / "enough", tiny, rows, tokenizer, **shape))
     trainer = trainer_of(scripts, script, tmp_path / "short", tiny, rows, tokenizer, **shape)
-    real, sizes = training.SFTTrainer.training_step, []
+    real, sizes = SFTTrainer.training_step, []
 
     def step(self, model, inputs, num_items_in_batch=None):
         sizes.append(len(inputs["input_ids"]))
@@ -144,7 +148,7 @@ def test_a_step_that_runs_out_of_memory_comes_again_in_halves(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return loss
 
-    monkeypatch.setattr(training.SFTTrainer, "training_step", step)
+    monkeypatch.setattr(SFTTrainer, "training_step", step)
     assert losses_of(trainer) == pytest.approx(enough, rel=1e-5)
     assert sizes[:4] == [8, 8, 4, 2] and set(sizes[4:]) == {2}
     said = capsys.readouterr().out
@@ -157,10 +161,10 @@ def test_one_row_that_does_not_fit_names_the_settings(scripts, tokenizer, tiny, 
     def step(self, model, inputs, num_items_in_batch=None):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(training.SFTTrainer, "training_step", step)
+    monkeypatch.setattr(SFTTrainer, "training_step", step)
     log = SimpleNamespace(write=lambda *a: None, prompts=[], signal=None)
     with pytest.raises(SystemExit) as end:
-        training.run(trainer, log, None)
+        run_training(trainer, log, None)
     assert end.value.code == 2
     assert "1 rows a pass" in (said := capsys.readouterr().err) and "MAX_LENGTH" in said
 
@@ -191,7 +195,7 @@ def test_trained_reloaded_and_merged_adapters_agree(scripts, tokenizer, tiny, ti
     trainer.save_model(str(tmp_path / "adapter"))
     c = constants(LORA, MODEL_NAME=str(model), USE_4BIT=four_bit)
     base = scripts[LORA].build_model(c, torch.float32, plan_of(c), torch.device("cpu"))
-    files.keep_4bit_layout(base)
+    device.keep_4bit_layout(base)
     reloaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     assert torch.allclose(logits(reloaded), trained, atol=1e-5)
     # and it has learned: a base without the adapter says something else
@@ -252,24 +256,24 @@ def test_bf16_weights_learn_with_stochastic_rounding_and_stall_without(tiny, row
 
 def test_a_leftover_accelerate_configuration_is_named_and_not_obeyed(monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    machine.own_precision(torch.float32)
+    device.own_precision(torch.float32)
     assert "'fp16'" in capsys.readouterr().out
     import os
 
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
-    machine.own_precision(torch.float32)
+    device.own_precision(torch.float32)
     assert capsys.readouterr().out == ""
 
 
 def test_fp16_attention_is_computed_in_fp32():
     """Queries and keys whose products exceed 65,504, as phi-2's do: plain fp16 attention has no number for them."""
-    assert machine.attention(torch.float16) == "sdpa_fp32"
+    assert device.attention(torch.float16) == "sdpa_fp32"
     query = torch.full((1, 2, 4, 64), 60.0, dtype=torch.float16)
     key = torch.full((1, 2, 4, 64), 60.0, dtype=torch.float16)
     value = torch.randn(1, 2, 4, 64).half()
     assert not torch.isfinite(query @ key.transpose(-1, -2)).all()
     module = SimpleNamespace(is_causal=True, training=False)
-    out, _ = machine.sdpa_fp32(module, query, key, value, None, scaling=1.0)
+    out, _ = device.sdpa_fp32(module, query, key, value, None, scaling=1.0)
     assert out.dtype == torch.float16 and torch.isfinite(out).all()
     assert torch.allclose(out[0, 0], value[0, :, 0], atol=1e-3)  # the first token sees itself alone
 
@@ -288,13 +292,13 @@ def shapes(tmp_path_factory, phi_2) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-def planned(shapes, script: str, name: str, gigabytes: float, **changed) -> machine.Plan:
+def planned(shapes, script: str, name: str, gigabytes: float, **changed) -> Plan:
     from transformers import AutoConfig
 
     c = constants(script, MODEL_NAME=str(shapes[name]), DEVICE_MEMORY_GB=gigabytes, PLAN_ONLY=True, **changed)
     config = AutoConfig.from_pretrained(shapes[name])
     adapter = load_script(script).adapter_config(c)
-    return machine.make_plan(c, config, torch.bfloat16, c.MAX_LENGTH, adapter)
+    return make_plan(c, config, torch.bfloat16, c.MAX_LENGTH, adapter)
 
 
 def test_the_plan_climbs_its_ladder(shapes, capsys):
@@ -370,7 +374,7 @@ def test_activations_are_those_that_autograd_keeps(scripts, tokenizer, tiny, tmp
     from transformers import AutoConfig
 
     c = constants(FULL, MODEL_NAME=str(tiny))
-    sizes = machine.Sizes(AutoConfig.from_pretrained(tiny), None, torch.float32, 96)
+    sizes = Sizes(AutoConfig.from_pretrained(tiny), None, torch.float32, 96)
     model = full_model(scripts, c).train()
     own = {p.data_ptr() for p in model.parameters()}
     kept = {}
@@ -453,19 +457,18 @@ def records(*pairs: tuple[float, float]) -> list[dict]:
 
 def test_overfitting_is_said_with_the_epoch_where_it_began():
     rising = records((3.0, 2.5), (2.0, 2.0), (1.5, 2.1), (1.0, 2.3))
-    assert "since epoch 1.00" in training.overfitting(rising)
-    assert training.overfitting(rising[:-2]) is None  # one evaluation is no trend
-    assert training.overfitting(records((3.0, 2.5), (2.0, 2.0), (1.5, 2.1), (1.0, 2.05))) is None
-    assert training.overfitting(records((3.0, 2.5), (2.0, 2.0), (2.1, 2.1), (2.2, 2.3))) is None  # both rise
+    assert "since epoch 1.00" in overfitting(rising)
+    assert overfitting(rising[:-2]) is None  # one evaluation is no trend
+    assert overfitting(records((3.0, 2.5), (2.0, 2.0), (1.5, 2.1), (1.0, 2.05))) is None
+    assert overfitting(records((3.0, 2.5), (2.0, 2.0), (2.1, 2.1), (2.2, 2.3))) is None  # both rise
 
 
 def test_a_loss_of_zero_ends_the_run(scripts, tokenizer, tiny, rows, tmp_path):
-    from transformers import AutoConfig, TrainerControl, TrainerState
+    from transformers import TrainerControl, TrainerState
 
     c = constants(LORA, OUTPUT_DIR=str(tmp_path), MODEL_NAME=str(tiny))
     counts = {"train_rows": 1, "eval_rows": 1}
-    config = AutoConfig.from_pretrained(tiny)
-    log = training.RunLog("lora", vars(c), plan_of(c), {"manifest_sha256": "x"}, counts, config, None)
+    log = RunLog("lora", vars(c), plan_of(c), {"manifest_sha256": "x"}, counts, None)
     args = SimpleNamespace(world_size=1)
     log.on_log(args, TrainerState(), TrainerControl(), {"loss": 1.0})
     with pytest.raises(FloatingPointError, match="loss is 0"):
@@ -473,9 +476,9 @@ def test_a_loss_of_zero_ends_the_run(scripts, tokenizer, tiny, rows, tmp_path):
 
 
 def test_four_bits_fall_back_with_one_line(monkeypatch, capsys):
-    assert machine.four_bit(True) is True and machine.four_bit(False) is False
-    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
-    assert machine.four_bit(True) is False
+    assert device.four_bit(True) is True and device.four_bit(False) is False
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    assert device.four_bit(True) is False
     assert capsys.readouterr().out.count("\n") == 1
 
 

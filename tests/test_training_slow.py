@@ -16,7 +16,8 @@ import torch
 from conftest import ROOT, SCRIPTS, SHORT, load_script, ok, refused, run
 from safetensors.torch import load_file
 
-from configs import files
+from configs import device
+from configs.training.trainer import token_rows
 
 pytestmark = pytest.mark.slow
 LORA, FULL = SCRIPTS[1:3]
@@ -408,8 +409,6 @@ def test_what_was_saved_is_what_was_measured(script, uninterrupted, full_run):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from configs import training
-
     work = uninterrupted if script == LORA else full_run[0]
     log, folder = log_of(work, script), str(work / FINAL[script])
     if script == LORA:
@@ -417,12 +416,12 @@ def test_what_was_saved_is_what_was_measured(script, uninterrupted, full_run):
         plan = SimpleNamespace(attention="sdpa")
         base = load_script(LORA).build_model(settings, torch.float32, plan, torch.device("cpu"))
         model = PeftModel.from_pretrained(base, folder)
-        files.keep_4bit_layout(model)
+        device.keep_4bit_layout(model)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
-    rows = training.token_rows(str(work / "data"), "validation", None, tokenizer, 1024, 0.0)
+    rows = token_rows(str(work / "data"), "validation", None, tokenizer, 1024, 0.0)
     nll, tokens = 0.0, 0
     for row in rows:
         with torch.no_grad():

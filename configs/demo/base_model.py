@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run by its path, python looks for modules beside the script only
 
-from configs import files
-from configs.settings import fail
+from configs import handover, hub
+from configs.settings import fail, quiet_errors
 
 
 def read_arguments(arguments: list[str]) -> None:
@@ -33,9 +33,10 @@ def read_arguments(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    quiet_errors()
     read_arguments(sys.argv[1:])  # before the imports below, which take seconds
 
-files.go_online()  # nothing is to be fetched
+hub.go_online()  # nothing is to be fetched
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -131,10 +132,11 @@ def main() -> None:
     ids = torch.tensor([i for n in order for i in [*tokenizer(texts[n]).input_ids, tokenizer.eos_token_id]])
     model = make_model(tokenizer)
     loss = pretrain(model, ids)
-    with files.new_folder(FOLDER) as folder:
-        model.half().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        files.write_text(folder / "general_text.txt", "\n\n".join(held_out) + "\n")
+    outputs, name = Path(FOLDER).parent, Path(FOLDER).name
+    with handover.lock(outputs), handover.replacing(outputs) as new:
+        model.half().save_pretrained(new / name)
+        tokenizer.save_pretrained(new / name)
+        handover.write_text(new / name / "general_text.txt", "\n\n".join(held_out) + "\n")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(
         f"done: {FOLDER}, {millions:.1f} million parameters, pre-trained on {STEPS * BATCH * LENGTH:,} "

@@ -21,15 +21,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")  # nothing is fetched, and a CPU computes
 
 import torch
-from conftest import SCRIPTS, load_script
 from hub import tiny_phi
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, GenerationConfig, PhiConfig
 
-from configs import files
+from configs import chat
+from configs.evaluation import scoring
 
 
 def random_phi() -> torch.nn.Module:
@@ -51,7 +51,7 @@ def demo_rows(tokenizer, number: int) -> list[tuple[list[int], list[int]]]:
     for row in map(json.loads, lines[:: max(len(lines) // number, 1)][:number]):
         question = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
         turns = [{"role": "user", "content": question}], [{"role": "assistant", "content": row["output"]}]
-        found.append(files.encode(tokenizer, *turns))
+        found.append(chat.encode(tokenizer, *turns))
     return found
 
 
@@ -71,11 +71,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     a = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    torch.set_num_threads(os.cpu_count())  # the tests' configuration asks for one
-    script = load_script(SCRIPTS[3])
+    torch.set_num_threads(os.cpu_count())
     with tempfile.TemporaryDirectory() as work:
         folder = a.model_name or tiny_phi(Path(work) / "tiny")
-        tokenizer = files.load_tokenizer(str(folder), None, "auto")
+        tokenizer = chat.load_tokenizer(str(folder), None, "auto")
     model = AutoModelForCausalLM.from_pretrained(a.model_name) if a.model_name else random_phi()
     model = model.float().eval()
     model.generation_config = GenerationConfig()
@@ -91,7 +90,7 @@ def main() -> None:
 
     # --- scoring
     requests = [(None, x, y) for x, y in rows]
-    ways = {"this project": lambda: script.score(model, rows, None, "rows")}
+    ways = {"this project": lambda: scoring.score(model, rows, None, "rows")}
     for size in (1, 4, 16, "auto"):
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=2048)
         ways[f"lm-evaluation-harness, batch size {size}"] = lambda h=harness: [
@@ -132,7 +131,7 @@ def main() -> None:
         seconds, alone = timed(one_by_one)
         loop.append(seconds)
         seconds, together = timed(
-            lambda: script.answer(model, tokenizer, prompts, ends, a.new_tokens, None, "prompts")
+            lambda: scoring.answer(model, tokenizer, prompts, ends, a.new_tokens, None, "prompts")
         )
         batch.append(seconds)
     texts = [tokenizer.decode([t for t in x if t not in ends], skip_special_tokens=True).strip() for x in alone]

@@ -1,0 +1,170 @@
+"""A conversation as text and as token ids: the same in preparation, training and scoring."""
+
+import re
+from pathlib import Path
+
+import jinja2
+from transformers import PreTrainedModel
+
+from configs import hub
+from configs.settings import ROOT, fail
+
+# what a base model that was never shown a chat template is asked with
+PLAIN = "Question: {question}\n\nAnswer:"
+
+
+# --- templates
+
+
+def chat_template_file(prompt_format: str) -> Path:
+    """configs/chat_templates/<prompt_format>.jinja, or exit code 2 with the formats that exist."""
+    path = ROOT / "configs" / "chat_templates" / f"{prompt_format}.jinja"
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.jinja"))
+        fail(f"PROMPT_FORMAT {prompt_format!r} does not exist; choose auto, {', '.join(known)}")
+    return path
+
+
+def load_tokenizer(name: str, revision: str | None, prompt_format: str):
+    """A tokenizer whose chat template is the model's own ("auto", where it has one) or one of ours; no token is added.
+
+    Its template travels with it: whatever is saved with this tokenizer renders conversations as they were trained.
+    Raises: SystemExit(2) when the model cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    with hub.hub_errors("model", name, "MODEL_NAME", revision):
+        tokenizer = AutoTokenizer.from_pretrained(hub.model_path(name), revision=revision)
+    if tokenizer.eos_token is None:
+        fail(f"model {name!r} has no end-of-text token (eos_token), so an answer could not end; use another model")
+    if not tokenizer("What is an ETF?", add_special_tokens=False).input_ids:
+        fail(f"model {name!r} has no tokenizer that can be used (is tokenizer.json missing?); save one with it")
+    if prompt_format != "auto" or not tokenizer.chat_template:
+        template = chat_template_file("chatml" if prompt_format == "auto" else prompt_format).read_text("utf-8")
+        # Llama's tokenizer begins every text with its BOS, phi-2's does not: the template does what the model knows.
+        begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [
+            tokenizer.bos_token_id
+        ]
+        tokenizer.chat_template = "{{- bos_token -}}\n" + template if begins_with_bos else template
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+        )  # only fills rows up; the loss is masked by position, not by token id
+    return tokenizer
+
+
+def is_our_template(tokenizer) -> bool:
+    """True when the chat template is one of configs/chat_templates, so not one that the model came with."""
+    ours = (ROOT / "configs" / "chat_templates").glob("*.jinja")
+    return any((tokenizer.chat_template or "").endswith(path.read_text("utf-8")) for path in ours)
+
+
+def markers(tokenizer) -> list[str]:
+    """Strings that would pose as a turn or as the end of one: special tokens and the markers of the chat template."""
+    marks = set(tokenizer.all_special_tokens)
+    marks |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    template = tokenizer.chat_template or ""
+    declared = re.search(r"\{#-? markers: (.*?) -?#\}", template)
+    if declared:  # "### Response:" holds a space, so the list is cut before each marker's own beginning
+        marks |= {m.strip() for m in re.split(r"\s+(?=###|\[|<)", declared.group(1)) if m.strip()}
+    else:
+        marks |= set(re.findall(r"<\|[^|<>]+\|>|\[/?[A-Z_]{3,}\]|<</?SYS>>|<(?:start|end)_of_turn>", template))
+    return sorted(marks)
+
+
+# --- conversations
+
+
+def render(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[str, str]:
+    """Text of the prompt up to where the answer begins, and of the answer up to and with the token that ends it.
+
+    Raises: ValueError when the template does not continue its own generation prompt (the answer cannot be told apart).
+    """
+    before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    conversation = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+    if not conversation.startswith(before):
+        raise ValueError("the chat template renders a prompt differently once its answer is there")
+    after = conversation[len(before) :]
+    ends = [token for token in tokenizer.all_special_tokens if after.rstrip().endswith(token)]
+    # the line break that many templates put behind the end token is the next turn's, not the answer's
+    return before, after.rstrip() if ends else after + tokenizer.eos_token
+
+
+def encode(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt, and of the answer with the one token that ends it: the same in training and scoring.
+
+    prompt, completion: lists of {role, content}. The prompt's ids are exactly those that generation will start from.
+    """
+    before, after = render(tokenizer, prompt, completion)
+    context = tokenizer(before, add_special_tokens=False, verbose=False).input_ids
+    together = tokenizer(before + after, add_special_tokens=False, verbose=False).input_ids
+    if together[: len(context)] == context:
+        return context, together[len(context) :]
+    # a merge across the boundary: generation could never produce it, so the answer is tokenised by itself
+    return context, tokenizer(after, add_special_tokens=False, verbose=False).input_ids
+
+
+def answer_end(tokenizer) -> int:
+    """Id of the token that ends an answer under this tokenizer's template (EOS, or a chat model's end-of-turn)."""
+    shortest = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    return encode(tokenizer, *shortest)[1][-1]
+
+
+def chat_prompt(tokenizer, prompt: list[dict]) -> list[int]:
+    """Token ids of a prompt in the chat template, up to where the answer begins."""
+    return encode(tokenizer, prompt, [{"role": "assistant", "content": "a"}])[0]
+
+
+def plain_prompt(tokenizer, prompt: list[dict]) -> list[int]:
+    """Token ids of a prompt as a base model is asked that has never seen a chat template."""
+    question = "\n\n".join(message["content"] for message in prompt)
+    return tokenizer(PLAIN.format(question=question) + "\n", verbose=False).input_ids
+
+
+# --- lengths
+
+
+class Ruler:
+    """Tells which rows are longer than max_length tokens, without tokenising those that cannot be.
+
+    A token is at least one byte, so a row of fewer bytes, its template's included, is short enough. What the template
+    adds depends on the roles alone. A tokenizer's longest token says from how many characters on a row is too long
+    whatever it holds: 50 MB would take minutes.
+    """
+
+    def __init__(self, tokenizer, max_length: int):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.longest = max(map(len, tokenizer.get_vocab()), default=1)
+        self.added: dict[tuple, int] = {}  # roles of a prompt -> bytes that the template adds
+
+    def too_long(self, prompt: list[dict], completion: list[dict]) -> int | None:
+        """None where the row fits, else its tokens, or 0 where it is too long to count them.
+
+        Raises: ValueError where the chat template has no form for such a conversation (Gemma's: no system turn).
+        """
+        roles = tuple(message["role"] for message in prompt)
+        try:
+            if roles not in self.added:
+                bare = [{"role": role, "content": "x"} for role in roles], [{**completion[0], "content": "x"}]
+                self.added[roles] = len("".join(render(self.tokenizer, *bare)).encode()) - len(roles) - 1
+            texts = [message["content"] for message in (*prompt, *completion)]
+            if self.added[roles] + sum(len(text.encode()) for text in texts) <= self.max_length:
+                return None
+            if sum(map(len, texts)) > max(self.max_length, 2048) * self.longest:
+                return 0
+            tokens = sum(map(len, encode(self.tokenizer, prompt, completion)))
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template has no form for this conversation: {error}") from error
+        return tokens if tokens > self.max_length else None
+
+
+def positions(model: PreTrainedModel) -> int:
+    """How many tokens the model can see at once, as its configuration says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
+def check_lengths(model: PreTrainedModel, prompts: list[list[int]], where: str, mend: str) -> None:
+    """Refuse prompts that leave no position for an answer."""
+    most, longest = positions(model), max(map(len, prompts))
+    if longest >= most:
+        fail(f"{where} holds a prompt of {longest} tokens, and the model has {most} positions; mend it: {mend}")

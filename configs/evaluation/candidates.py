@@ -1,0 +1,286 @@
+"""What there is to compare: the models on this machine with their logs, and the rows that they are tested on."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import safe_open
+
+from configs import chat, handover, hub
+from configs.evaluation.report import Note, load_words, sentence
+from configs.evaluation.scoring import loading
+from configs.handover import FULL, LORA, PREPARE
+from configs.settings import command, fail
+
+# method -> the script that trains it, and the folder that it leaves in its OUTPUT_DIR
+TRAINED = {"lora": (LORA, "final_lora_adapter"), "full": (FULL, "final_model")}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is measured.
+
+    label: its name in the results, unique. method: "base", "lora" or "full". folder: a folder or Hub name with its
+    weights; LoRA's are the base's. adapter: LoRA's own folder. four_bit: whether the weights are held in 4 bits.
+    tokenizer: with the chat template that the model was trained with. log: training_log.json, None for a base.
+    """
+
+    label: str
+    method: str
+    folder: str
+    adapter: str | None = None
+    four_bit: bool = False
+    tokenizer: object = None
+    log: dict | None = None
+
+    @property
+    def weights(self) -> tuple[str, bool]:
+        """Candidates with the same weights are served by one copy in memory."""
+        return self.folder, self.four_bit
+
+    @property
+    def is_control(self) -> bool:
+        """True for the base in LoRA's 4 bits: scored only to tell what the 4 bits cost; it answers nothing."""
+        return self.method == "base" and self.four_bit
+
+    @property
+    def own_folder(self) -> str:
+        """What its training wrote, or the base: the folder that its tokenizer comes from."""
+        return self.adapter or self.folder
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do where it is damaged."""
+        if self.method == "base":
+            return "get it anew, or name another one"
+        return f"make it anew with: {command(TRAINED[self.method][0])}"
+
+
+def find_candidates(settings) -> tuple[list[Candidate], list[Note]]:
+    """(the models that exist, in the order in which they are measured; notes on those that do not).
+
+    Candidates that share weights stand next to one another. LoRA is measured as it is served: over 4 bits where it was
+    trained over them, and then the base in the same 4 bits stands beside it ("base_4bit").
+    Raises: SystemExit(2) when nothing was trained, or a model is damaged, is being trained, or has another base.
+    """
+    candidates, notes, problems = [Candidate("base", "base", settings.MODEL_NAME)], [], []
+    for method, output in (("lora", settings.LORA_DIR), ("full", settings.FULL_DIR)):
+        script, name = TRAINED[method]
+        output, final = Path(output), Path(output) / name
+        handover.settle(output)
+        if not final.is_dir():
+            notes.append(("missing", {"name": method, "path": str(final), "command": command(script)}))
+            continue
+        log = handover.read_json(output / "training_log.json", command(script))
+        if problem := problem_of(log, method, output, final, settings):
+            problems.append(problem)
+        elif method == "full":
+            candidates.append(Candidate("full", "full", str(final), log=log))
+        else:
+            four_bit = log["settings"]["USE_4BIT"]
+            if four_bit:
+                candidates.append(Candidate("base_4bit", "base", settings.MODEL_NAME, four_bit=True))
+            candidates.append(Candidate("lora", "lora", settings.MODEL_NAME, str(final), four_bit, log=log))
+    if problems:
+        fail(*problems)
+    if len(candidates) == 1:
+        fail(*(sentence(note, load_words("en")) for note in notes))
+    return candidates, notes
+
+
+def problem_of(log: object, method: str, output: Path, final: Path, settings) -> str:
+    """Why a trained model cannot be compared, with the command that mends it; "" where it can."""
+    again = command(TRAINED[method][0])
+    if gaps := lacking(log):
+        return f"{output}/training_log.json is not complete ({gaps[0]}); train again: {again}"
+    if hub.model_path(log["model_name"]) != hub.model_path(settings.MODEL_NAME):
+        return (
+            f"{output} was trained from {log['model_name']!r}, but MODEL_NAME is {settings.MODEL_NAME!r}; use "
+            f"--model_name {log['model_name']}, or train again with: "
+            f"{command(TRAINED[method][0], '--model_name', settings.MODEL_NAME)}"
+        )
+    if log["summary"]["status"] == "running":
+        return f"{output} is being trained, or its run was killed; wait, or finish it with: {again}"
+    if fault := damaged(final, method, settings):
+        return f"{final} {fault}; make it anew with: {again}"
+    return ""
+
+
+def lacking(log: object) -> list[str]:
+    """What a training log must have for the comparison, and has not."""
+    number, settings = (int, float), ("SEED", "NUM_EPOCHS", "MAX_STEPS", "MAX_LENGTH", "MAX_TRAIN_SAMPLES")
+    needs = {"model_name": str, "history": list, "parameters.trainable": int, "environment.processes": int}
+    needs |= {"data.manifest_sha256": str, "data.train_rows": int, "summary.status": str, "summary.steps": int}
+    needs |= {"summary.epochs": number, "settings.WARMUP_RATIO": number, "settings.LEARNING_RATE": number}
+    needs |= {"settings.BATCH_SIZE": int, "settings.GRADIENT_ACCUMULATION_STEPS": int}
+    needs |= {f"settings.{key}": (*number, type(None)) for key in settings}
+    cost = ("train_runtime_s", "tokens", "tokens_per_second", "peak_memory_bytes")
+    needs |= {f"summary.{key}": (*number, type(None)) for key in cost}
+    if isinstance(log, dict) and log.get("method") == "lora":
+        needs["settings.USE_4BIT"] = bool
+    gaps = []
+    for path, kind in needs.items():
+        value = log
+        for key in path.split("."):
+            value = value.get(key, ...) if isinstance(value, dict) else ...
+        if value is ... or not isinstance(value, kind):
+            gaps.append(f"{path} is missing" if value is ... else f"{path} is {value!r}")
+    return gaps
+
+
+def damaged(final: Path, method: str, settings) -> str:
+    """What is wrong with a final folder, seen from its files' headers; "" where nothing is."""
+    weights, keys = list(final.glob("*.safetensors")), []
+    try:
+        for path in weights:
+            with safe_open(path, framework="pt") as file:  # reads the header, which knows the file's length
+                keys += file.keys()
+    except Exception as error:  # the library's own kind, and those of the file system
+        return f"is damaged ({error})"
+    if not weights:
+        return "holds no weights"
+    if method == "full":
+        return ""
+    if not any("lora_" in key for key in keys):
+        return "holds weights, but none of LoRA's"
+    try:
+        base = json.loads((final / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"has no adapter_config.json that can be read ({type(error).__name__})"
+    # a path is that of the machine and the folder where it was trained, and both may have moved since
+    if not os.path.isabs(str(base)) and hub.model_path(base) != hub.model_path(settings.MODEL_NAME):
+        return f"is an adapter for {base!r}, but MODEL_NAME is {settings.MODEL_NAME!r}"
+    return ""
+
+
+def load_tokenizers(candidates: list[Candidate], settings, prompt_format: str) -> list[Candidate]:
+    """The candidates with their tokenizers: a trained one brings its template, a base gets that of the data."""
+    tokenizers = {}
+    for candidate in candidates:
+        source, trained = candidate.own_folder, candidate.log is not None
+        if source not in tokenizers:
+            with loading(source, candidate.remedy):
+                revision, form = (None, "auto") if trained else (settings.MODEL_REVISION, prompt_format)
+                tokenizers[source] = chat.load_tokenizer(source, revision, form)
+                chat.answer_end(tokenizers[source])
+    return [replace(candidate, tokenizer=tokenizers[candidate.own_folder]) for candidate in candidates]
+
+
+def cost(candidate: Candidate) -> dict | None:
+    """What a training took, from its log, and the bytes of what it made, its card aside; None for a base."""
+    if candidate.log is None:
+        return None
+    keys = ("train_runtime_s", "tokens", "tokens_per_second", "peak_memory_bytes")
+    folder = Path(candidate.own_folder)
+    # the card grows by the test scores, and a second evaluation should find what the first one found
+    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / "README.md"]
+    return {
+        "trainable": candidate.log["parameters"]["trainable"],
+        **{key: candidate.log["summary"][key] for key in keys},
+        "disk_bytes": sum(path.stat().st_size for path in files),
+    }
+
+
+def still_as_scored(candidate: Candidate) -> bool:
+    """Whether the training log is the one that was read before the model was loaded."""
+    path = Path(candidate.own_folder).with_name("training_log.json")
+    try:
+        return json.loads(path.read_text("utf-8")) == candidate.log
+    except (OSError, ValueError):
+        return False
+
+
+def unsound(candidates: list[Candidate], manifest: dict) -> list[Note]:
+    """Why no verdict may be drawn.
+
+    Either a model was trained on different data, so test rows may have leaked into its training, or its last run ended
+    early, so its log need not belong to its weights.
+    """
+    notes = []
+    for candidate in candidates:
+        if candidate.log is None:
+            continue
+        again = {"name": candidate.label, "command": command(TRAINED[candidate.method][0])}
+        summary = candidate.log["summary"]
+        if candidate.log["data"]["manifest_sha256"] != manifest["manifest_sha256"]:
+            notes.append(("other_data", again))
+        if summary["status"] != "done":
+            notes.append(("stopped_early", again | {"status": summary["status"], "steps": summary["steps"]}))
+    return notes
+
+
+# --- the test split
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The test split: rows that are scored, and those of them whose prompts are answered.
+
+    rows: {id, prompt, completion, group}; prompts: {id, prompt, reference}. embed: texts -> unit vectors, or None.
+    """
+
+    rows: list[dict]
+    prompts: list[dict]
+    embed: Callable | None = None
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """The group of each row: near-duplicates, which step 1 has found, are one observation."""
+        return [row.get("group") or json.dumps(row["prompt"]).lower() for row in self.rows]
+
+    @cached_property
+    def prompt_groups(self) -> list[str]:
+        """The group of each prompt."""
+        of_row = {row["id"]: group for row, group in zip(self.rows, self.groups, strict=True)}
+        return [of_row.get(p["id"]) or json.dumps(p["prompt"]).lower() for p in self.prompts]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """UTF-8 bytes of each row's answer."""
+        return [len(row["completion"][0]["content"].encode()) for row in self.rows]
+
+    @cached_property
+    def references(self) -> list[str]:
+        return [p["reference"] for p in self.prompts]
+
+    @cached_property
+    def questions(self) -> list[str]:
+        return [p["prompt"][-1]["content"] for p in self.prompts]
+
+
+def load_held_out(settings, manifest: dict) -> HeldOut:
+    """The test split, checked against the manifest: nobody has changed what is tested.
+
+    Raises: SystemExit(2) with the command that makes it anew.
+    """
+    folder, mend = settings.DATA_DIR, f"make the data anew with: {command(PREPARE)}"
+    evaluation = handover.load_split(folder, "eval")
+    if missing := {"id", "prompt", "completion", "part"} - set(evaluation.column_names):
+        fail(f"{folder}/eval has no column {sorted(missing)[0]!r}; {mend}")
+    if handover.split_hash(evaluation["id"], evaluation["part"]) != manifest["sha256"].get("eval"):
+        fail(f"{folder}/eval is not what {folder}/manifest.json describes; {mend}")
+    rows = [row for row in evaluation if row["part"] == "test"]
+    for row in rows:
+        if handover.content_hash(row["prompt"] + row["completion"]) != row["id"]:
+            fail(f"{folder}/eval: row {row['id']} was changed after step 1; {mend}")
+    path, by_id = Path(folder) / "test_prompts.json", {row["id"]: row for row in rows}
+    prompts = handover.read_json(path, command(PREPARE))
+    known = isinstance(prompts, list) and all(isinstance(p, dict) and p.get("id") in by_id for p in prompts)
+    if not prompts or not known:
+        fail(f"{path} is not a list of prompts from the test split; {mend}")
+    for p in prompts:
+        row = by_id[p["id"]]
+        if p.get("prompt") != row["prompt"] or p.get("reference") != row["completion"][0]["content"]:
+            fail(f"{path}: prompt {p['id']} is not that of the test split; {mend}")
+    if len({p["id"] for p in prompts}) < len(prompts):
+        fail(f"{path} holds a prompt twice; {mend}")
+    held_out = HeldOut(rows[: settings.MAX_EVAL_SAMPLES], prompts)
+    if len(set(held_out.groups)) < 2:
+        fail(
+            f"{len(held_out.rows)} test rows with one question only cannot show any difference; take more "
+            f"(MAX_EVAL_SAMPLES), or more data: {command(PREPARE)}"
+        )
+    return held_out

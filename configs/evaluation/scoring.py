@@ -1,0 +1,331 @@
+"""A model at work: loading it, scoring continuations, answering prompts, in batches that memory can hold."""
+
+import contextlib
+import gc
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import evaluate
+import numpy as np
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, set_seed
+from accelerate.utils.memory import should_reduce_batch_size
+from datasets import Features, Value
+from peft import PeftModel
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from configs import chat, device, hub
+from configs.handover import PREPARE
+from configs.settings import command, fail, main_process
+
+GENERAL_PIECES = 200  # of the general text that are scored at most, each of up to 256 tokens
+CHUNK = 512  # positions whose logits over the whole vocabulary are held at once
+
+
+# --- loading
+
+
+def load_model(candidates: list, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
+    """One copy of the weights that these candidates share, with LoRA's adapter over it where one of them has it.
+
+    revision: of a base on the Hub. Raises: SystemExit(2) where a folder is damaged or does not fit into memory.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    candidate, options = candidates[0], {}
+    source, revision = candidate.folder, revision if candidate.method in ("base", "lora") else None
+    if torch.cuda.is_available():
+        options["attn_implementation"] = device.attention(dtype)
+    if candidate.four_bit:
+        options["quantization_config"] = device.nf4(dtype)
+    base_remedy = candidate.remedy if source == candidate.own_folder else "get it anew, or name another one"
+    with loading(source, base_remedy), hub.hub_errors("model", source, "MODEL_NAME", revision):
+        model = AutoModelForCausalLM.from_pretrained(
+            hub.model_path(source), revision=revision, dtype=dtype, device_map={"": device.compute_device()}, **options
+        )
+    device.keep_4bit_layout(model)
+    for adapted in (c for c in candidates if c.adapter):
+        with loading(adapted.adapter, adapted.remedy):
+            model = PeftModel.from_pretrained(model, adapted.adapter)
+    # a chat model's own decoding (temperature, repetition penalty) would make the answers incomparable
+    model.generation_config = GenerationConfig()
+    if isinstance(model, PeftModel):
+        model.get_base_model().generation_config = GenerationConfig()
+    return model.eval()
+
+
+@contextlib.contextmanager
+def loading(source: str, remedy: str) -> Iterator[None]:
+    """Turn what the libraries raise for a damaged folder into one sentence, with its remedy, and exit code 2."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        fail(f"{source} does not fit into memory ({reason}); use --precision bf16, or a smaller model")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        fail(f"{source} cannot be loaded ({reason[:300]}); {remedy}")
+
+
+def acting_as(model: PreTrainedModel, candidate) -> contextlib.AbstractContextManager:
+    """A context in which a shared copy is this candidate: LoRA's adapter is switched off for the base."""
+    without = isinstance(model, PeftModel) and candidate.adapter is None
+    return model.disable_adapter() if without else contextlib.nullcontext()
+
+
+class RowMetric(evaluate.Metric):
+    """A plain function of columns as an `evaluate.Metric`: RowMetric(answer_quality).compute(answers=..., ...).
+
+    compute() gives {"rows": the function's list}, or the dict that the function returns.
+    """
+
+    KINDS = {"answers": "string", "references": "string", "questions": "string", "stopped": "bool"}
+    KINDS |= {"nll": "float64", "tokens": "int64", "sizes": "int64"}
+
+    def __init__(self, function: Callable):
+        self.function = function
+        super().__init__(keep_in_memory=True)  # several runs at once would share a cache file
+
+    def _info(self) -> evaluate.MetricInfo:
+        names = [name for name in inspect.signature(self.function).parameters if name in self.KINDS]
+        features = Features({name: Value(self.KINDS[name]) for name in names})
+        return evaluate.MetricInfo(description=self.function.__doc__, citation="", features=features)
+
+    def _compute(self, **columns) -> dict:
+        values = self.function(**columns)
+        return values if isinstance(values, dict) else {"rows": values}
+
+
+# --- batches that fit
+
+
+def free_bytes(model: PreTrainedModel) -> int:
+    """Memory that is free on the model's device."""
+    if model.device.type == "cuda":
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
+    return psutil.virtual_memory().available
+
+
+def widths(model: PreTrainedModel) -> SimpleNamespace:
+    """hidden, inner (of the MLP), vocabulary and cache (numbers a token leaves in the key-value cache)."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return SimpleNamespace(
+        hidden=config.hidden_size,
+        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        cache=2 * config.num_hidden_layers * heads * width,
+    )
+
+
+def token_budget(model: PreTrainedModel) -> int:
+    """Tokens of a forward pass that half of the free memory can hold.
+
+    A CPU is fastest while its caches hold a batch (measured, LOG.md), so it gets 2,048 at most.
+    """
+    s = widths(model)
+    of_token = 4 * (12 * s.hidden + 3 * s.inner)  # what one layer holds at once, as if in float32
+    room = free_bytes(model) // 2 - 2 * 4 * CHUNK * s.vocabulary
+    return int(min(max(room // of_token, 1), 2048 if model.device.type == "cpu" else 65536))
+
+
+def prompt_budget(model: PreTrainedModel, length: int) -> int:
+    """Prompts of `length` tokens that can be answered at once: their key-value caches take half of the free memory."""
+    s, itemsize = widths(model), torch.empty(0, dtype=model.dtype).element_size()
+    of_prompt = length * s.cache * itemsize + 2 * 4 * s.vocabulary
+    return int(min(max(free_bytes(model) // 2 // of_prompt, 1), 64 if model.device.type == "cpu" else 256))
+
+
+def in_halves(work: Callable[[list[int]], list], batch: list[int]) -> list:
+    """work(batch); where memory runs out, work of its halves, one after the other."""
+    try:
+        return work(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        if len(batch) == 1:
+            fail(
+                f"memory runs out with a single row ({str(error).splitlines()[0]}); use --precision bf16, a smaller "
+                f"model, or shorter rows: {command(PREPARE, '--max_length', '512')}"
+            )
+    gc.collect()
+    torch.cuda.empty_cache()
+    half = (len(batch) + 1) // 2
+    return in_halves(work, batch[:half]) + in_halves(work, batch[half:])
+
+
+def spread(lengths: list[int], work: Callable[[list[int]], dict[int, object]]) -> list:
+    """The results of all items in order, whichever process worked on which: work(items) -> {item: result}.
+
+    Every process gets every so many-th of the items, sorted by length, so that all have the same to do.
+    """
+    state = PartialState()
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    mine = work(order[state.process_index :: state.num_processes])
+    found = dict(gather_object(list(mine.items())))
+    return [found[i] for i in range(len(lengths))]
+
+
+def batches(items: list[int], lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """`items`, longest first, in batches of similar length and at most `budget` padded tokens."""
+    batch: list[int] = []
+    for i in sorted(items, key=lambda i: -lengths[i]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+# --- scores
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], budget: int | None, label: str
+) -> np.ndarray:
+    """nll of each continuation given its context, in nats, float64, shape (rows,).
+
+    rows: (context_ids, continuation_ids); a context holds at least one token. budget: padded tokens of a forward pass,
+    None is what memory allows. The body of the model sees whole rows; its head only the positions that predict a
+    continuation, CHUNK of them at once, so the logits of a batch never exist.
+    """
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    body = getattr(causal, causal.base_model_prefix)
+    lengths = [len(a) + len(b) - 1 for a, b in rows]  # the last token is predicted, not read
+    budget = budget or token_budget(causal)
+
+    def head(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """nll of target, shape (n,), from hidden states (n, hidden).
+
+        It is the model's own forward, with its head, scale and soft cap, around a body that gives these hidden states.
+        """
+        usual = body.forward
+        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
+        body.forward = lambda *_, **__: given
+        try:
+            logits = causal(input_ids=target[None], use_cache=False).logits[0].float()
+        finally:
+            body.forward = usual
+        wanted = logits.gather(-1, target[:, None])[:, 0]
+        top = logits.amax(-1)
+        # log-sum-exp in place: the logits are the largest tensor of all, and are not needed again
+        return logits.sub_(top[:, None]).exp_().sum(-1).log() + top - wanted
+
+    def of_batch(batch: list[int]) -> list[float]:
+        # Padding is on the right, where causal attention cannot see it: no mask is needed, and without one attention
+        # is faster.
+        width = max(lengths[i] for i in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        asked = torch.zeros(len(batch), width, dtype=torch.bool)
+        for line, i in enumerate(batch):
+            context, continuation = rows[i]
+            ids[line, : lengths[i]] = torch.tensor((context + continuation)[:-1])
+            asked[line, len(context) - 1 : lengths[i]] = True
+        target = torch.tensor([token for i in batch for token in rows[i][1]], device=model.device)
+        hidden = body(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+        hidden = hidden[asked.to(hidden.device)]
+        parts = [head(h, t) for h, t in zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)]
+        nll = torch.cat(parts).double().cpu()
+        return [part.sum().item() for part in nll.split([len(rows[i][1]) for i in batch])]
+
+    def work(items: list[int]) -> dict[int, float]:
+        found = {}
+        with tqdm(total=len(items), desc=f"scoring {label}", unit=" rows", disable=hidden_bar()) as bar:
+            for batch in batches(items, lengths, budget):
+                found |= zip(batch, in_halves(of_batch, batch), strict=True)
+                bar.update(len(batch))
+        return found
+
+    return np.array(spread(lengths, work), dtype=float)
+
+
+def hidden_bar() -> bool:
+    """True in processes that show no progress bar."""
+    return not main_process()
+
+
+def pieces(tokenizer, texts: list[str], width: int = 256) -> tuple[list[list[int]], list[int]]:
+    """(token ids, UTF-8 bytes) of GENERAL_PIECES pieces of up to `width` tokens, spread over all texts.
+
+    The bytes of a piece are what it adds to its text: a character that two pieces share counts once.
+    """
+    found = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        before = 0
+        for end in range(width, len(ids) + width, width):
+            size = len(tokenizer.decode(ids[:end]).encode())
+            found.append((ids[end - width : end], size - before))
+            before = size
+    some = found[:: math.ceil(len(found) / GENERAL_PIECES) or 1]
+    return [ids for ids, _ in some], [size for _, size in some]
+
+
+# --- answers
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel,
+    tokenizer,
+    prompts: list[list[int]],
+    ends: list[int],
+    limit: int,
+    size: int | None,
+    label: str,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[dict]:
+    """Answers as {answer, stopped}: stopped is whether the model ended it by itself within `limit` tokens.
+
+    size: prompts that are answered at once, None is what memory allows; temperature 0 is greedy.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    size = size or prompt_budget(model, max(lengths, default=1) + limit)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+
+    def of_batch(batch: list[int]) -> list[dict]:
+        width = max(lengths[i] for i in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for line, i in enumerate(batch):  # padded on the left: the answer follows the prompt
+            ids[line, width - lengths[i] :] = torch.tensor(prompts[i])
+            mask[line, width - lengths[i] :] = 1
+        if temperature:
+            set_seed(seed + batch[0])
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=min(limit, chat.positions(model) - width),
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+            **how,
+        )[:, width:].tolist()
+        found = []
+        for tokens in output:
+            stop = next((n for n, token in enumerate(tokens) if token in ends), None)
+            text = tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
+            found.append({"answer": text, "stopped": stop is not None})
+        return found
+
+    def work(items: list[int]) -> dict[int, dict]:
+        found = {}
+        with tqdm(total=len(items), desc=f"answering {label}", unit=" prompts", disable=hidden_bar()) as bar:
+            for start in range(0, len(items), size):
+                batch = items[start : start + size]
+                found |= zip(batch, in_halves(of_batch, batch), strict=True)
+                bar.update(len(batch))
+        return found
+
+    return spread(lengths, work)

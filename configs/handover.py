@@ -1,0 +1,245 @@
+"""What one script writes and another reads: atomic writes, locks, the manifest, and when two runs are the same run."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from configs.settings import SECTIONS, command, fail, main_process
+
+PREPARE, LORA, FULL, EVALUATE = SECTIONS  # the scripts, in running order
+
+
+# --- atomic writes
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file so that a reader sees the old content or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; give the result the mode that open() would have given it
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write JSON atomically; NaN and infinity, which are not JSON, are refused here rather than by a reader."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder; what is put there takes the place of the same names in `folder`, all of it or nothing.
+
+    The new content waits in `folder`/.new, which vanishes on any failure. Names that begin with a dot are scratch and
+    are not taken over. The caller holds the lock of `folder`. Of several processes only the first one exchanges; the
+    others are given the same path.
+    """
+    folder = Path(folder)
+    new = folder / ".new"
+    if not main_process():
+        yield new
+        return
+    shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed
+    new.mkdir(parents=True)
+    try:
+        yield new
+        _exchange(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _exchange(new: Path, folder: Path) -> None:
+    """Move everything in `new` to `folder`, in place of what has the same names there.
+
+    What is replaced waits in `folder`/.old until all is done; while .old exists, the exchange is unfinished, and
+    `_roll_back` undoes it: at once when a move fails, or when the folder is next locked if this process was killed.
+    """
+    _roll_back(folder)
+    old, names = folder / ".old", sorted(path.name for path in new.iterdir() if not path.name.startswith("."))
+    old.mkdir()
+    write_json(old / ".names", {name: (folder / name).exists() for name in names})
+    try:
+        for name in names:
+            if (folder / name).exists():
+                (folder / name).rename(old / name)
+        for name in names:
+            (new / name).rename(folder / name)
+        old.rename(folder / ".done")  # from this moment on, the new content counts
+    except BaseException:
+        _roll_back(folder)
+        raise
+    shutil.rmtree(folder / ".done", ignore_errors=True)
+
+
+def _roll_back(folder: Path) -> None:
+    """Undo an exchange that was cut off: the folder is as it was before. Nothing happens where none was."""
+    old, names = folder / ".old", {}
+    with contextlib.suppress(OSError, ValueError):  # without the list, nothing was moved yet
+        names = json.loads((old / ".names").read_text("utf-8"))
+    for name, existed in names.items():  # what goes wrong here must be seen, and .old be kept
+        path = folder / name
+        if (old / name).exists() or not existed:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if (old / name).exists():
+            (old / name).rename(path)
+    for leftover in (old, folder / ".done"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Let one run at a time write into a folder, and undo what a killed run left half exchanged there.
+
+    The lock dies with its process, so a killed run leaves none behind. Raises: SystemExit(2) where another run holds
+    it, or where nothing can be written.
+    """
+    folder = Path(folder)
+    if not main_process():  # the other processes of one run write nothing
+        yield
+        return
+    held = FileLock(folder / ".lock", blocking=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except Timeout:
+        fail(f"{folder}: another run is writing there; wait for it, or stop it first")
+    except NotImplementedError:
+        pass  # a file system without locks (some network mounts): two runs at once are the user's own care
+    except OSError as error:
+        fail(f"{folder}: cannot write there ({error.strerror}); choose another folder or mend its permissions")
+    try:
+        _roll_back(folder)
+        yield
+    finally:
+        held.release()
+
+
+def settle(folder: str | Path) -> None:
+    """Before reading: undo an exchange that a killed run left unfinished. Nothing happens where none was."""
+    if main_process() and (Path(folder) / ".old").is_dir():
+        with lock(folder):
+            pass
+
+
+# --- the manifest and the data
+
+
+def read_json(path: str | Path, mend: str, needs: tuple[str, ...] = ()) -> dict:
+    """Read one of our JSON files, or end with the command that makes it. needs: keys that it must have.
+
+    Raises: SystemExit(2) when it is missing, unreadable, not JSON or without one of its keys.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if lacking := [key for key in needs if key not in value]:
+            fail(f"{path} is not complete ({lacking[0]} is missing); write it anew with: {mend}")
+        return value
+    except FileNotFoundError:
+        fail(f"{path} is missing; it is written by: {mend}")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        fail(f"{path} cannot be read ({error}); write it anew with: {mend}")
+
+
+def content_hash(messages: list[dict]) -> str:
+    """The id of a row: 16 hexadecimal digits, a hash of its prompt and completion, the same on every machine."""
+    digest = hashlib.sha256()
+    for message in messages:
+        digest.update(f"{message['role']}:{len(message['content'])}:{message['content']}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def split_hash(ids: Iterable[str], parts: Iterable[str] = ()) -> str:
+    """sha256 of a split: over the ids of its rows in order, each with its part where there is one."""
+    lines = map(" ".join, itertools.zip_longest(ids, parts, fillvalue=""))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_manifest(data_dir: str | Path) -> dict:
+    """The manifest of complete data, with `sha256` of its own file added as `manifest_sha256`.
+
+    The manifest is written last, so a folder without it was never finished.
+    Raises: SystemExit(2) when the data are missing or incomplete.
+    """
+    settle(data_dir)
+    path, prepare = Path(data_dir) / "manifest.json", command(PREPARE)
+    names = sorted(p.name for p in Path(data_dir).glob("[!.]*")) if Path(data_dir).is_dir() else []
+    if not path.exists():
+        holds = f"{data_dir} holds only {', '.join(names)}" if names else f"{data_dir} is empty"
+        fail(f"there are no complete data: {path} is missing ({holds}); make them with: {prepare}")
+    manifest = read_json(path, prepare, ("source", "settings", "rows", "sha256"))
+    for name in ("train", "eval"):
+        if not (Path(data_dir) / name).is_dir():
+            fail(f"{data_dir}/{name} is missing although {path} is there; make the data anew with: {prepare}")
+    manifest["manifest_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return manifest
+
+
+def load_split(data_dir: str | Path, name: str):
+    """`data/train` or `data/eval` as a datasets.Dataset with columns id, prompt, completion (and part)."""
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(str(Path(data_dir) / name))
+    except Exception as error:  # arrow raises many kinds for a damaged file
+        reason = str(error).splitlines()[0]
+        fail(f"{data_dir}/{name} cannot be read ({reason}); make the data anew with: {command(PREPARE)}")
+
+
+# --- the log of a training
+
+# settings that may differ between a run and its continuation
+MAY_DIFFER = (
+    "MERGE_ADAPTER",
+    "PLAN_ONLY",
+    "DEVICE_MEMORY_GB",
+    "LOGGING_STEPS",
+    "SAVE_TOTAL_LIMIT",
+    "RESUME",
+    "REPORT_TO",
+)
+
+
+def other_run(log: dict, settings: dict, manifest_sha256: str) -> str:
+    """Why a training log is not that of a run with these settings and data; "" where it is."""
+    if not {"settings", "data", "summary"} <= set(log):
+        return "its training_log.json is missing or not complete"
+    before = {name: value for name, value in log["settings"].items() if name not in MAY_DIFFER}
+    for name, value in settings.items():
+        if name in before and before[name] != value:
+            return f"{name} was {before[name]!r} and is {value!r}"
+    if log["data"]["manifest_sha256"] != manifest_sha256:
+        return "the data were prepared anew"
+    return ""
+
+
+def draw_losses(axis, history: list[dict], label: str = "", color: str | None = None) -> None:
+    """Training loss (a line) and validation loss (dots) of a log's `history` over the optimizer steps.
+
+    axis: of matplotlib; label stands before "training" and "validation" in the legend.
+    """
+    for key, part, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+        records = [r for r in history if isinstance(r, dict) and isinstance(r.get(key), float) and "step" in r]
+        if records:
+            steps, losses = [r["step"] for r in records], [r[key] for r in records]
+            axis.plot(steps, losses, style, color=color, markersize=3, label=f"{label}{part}")
+    axis.set_xlabel("optimizer steps")
+    axis.set_ylabel("loss (nats per token)")

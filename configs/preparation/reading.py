@@ -1,0 +1,313 @@
+"""Rows and texts from files and from the Hub, one by one, each with its place for people: `rows.jsonl line 7`."""
+
+import contextlib
+import csv
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import yaml
+
+from configs import hub
+from configs.settings import fail, say
+
+
+class BadRow(Exception):
+    """A row that cannot be learned from; its text is the reason, as counted in the manifest."""
+
+
+KINDS = (".json", ".jsonl", ".csv", ".parquet")
+# what a folder downloaded from the Hub or from ModelScope holds beside its rows
+NO_ROWS = ("config.json", "configuration.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+
+
+def read_rows(name: str, config: str | None, split: str, revision: str | None) -> Iterator[tuple[str, object]]:
+    """(place, row) of every row, one after the other; a BadRow stands for a row that cannot even be read.
+
+    The place is for people: `rows.jsonl line 7`. A row is a dict for whatever has columns; the numbers of a column of
+    labels (datasets.ClassLabel) are replaced by their names.
+    """
+    path = hub.local_path(name)
+    if path is None and hub.looks_like_path(name):
+        fail(f"DATASET_NAME {name!r}: there is no such file or folder; give one, or the name of a Hub data set")
+    if path is None or (path.is_dir() and has_configurations(path)):
+        loaded = load_from_hub(name if path is None else str(path), config, split, revision)
+        batches = loaded.with_format("arrow").iter(1000)
+        return ((f"row {n}", row) for n, row in enumerate(named(batches, loaded.features), 1))
+    paths = [path] if path.is_file() else files_of_split(path, split)
+    if not paths or paths[0].suffix.lower() not in KINDS:
+        fail(
+            f"DATASET_NAME {name!r} is not a data set; known files are {', '.join(KINDS)}, or a folder that holds some"
+        )
+    return itertools.chain.from_iterable(read_file(file) for file in paths)
+
+
+def has_configurations(folder: Path) -> bool:
+    """True for a downloaded repository whose README.md declares its configurations, as the Hub reads them."""
+    readme = folder / "README.md"
+    return readme.is_file() and re.search(r"^configs:", readme.read_text("utf-8", "replace"), re.M) is not None
+
+
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder that belong to a split, by their names, as the Hub tells them apart.
+
+    A folder whose names speak of no split is all one.
+    """
+    try:
+        patterns = datasets.data_files.get_data_patterns(str(folder))
+    except FileNotFoundError:
+        return []
+
+    def data_files(of: str) -> set[Path]:
+        matching = datasets.data_files.DataFilesList.from_patterns(patterns[of], base_path=str(folder))
+        paths = {Path(file).resolve() for file in matching}
+        return {path for path in paths if path.suffix.lower() in KINDS and path.name not in NO_ROWS}
+
+    every = {path.resolve() for path in folder.rglob("*") if path.suffix.lower() in KINDS}
+    every = {path for path in every if path.name not in NO_ROWS}
+    if split not in patterns and list(patterns) != ["train"]:
+        fail(
+            f"DATASET_SPLIT {split!r} is not in {folder}; its files are named for: {', '.join(map(str, patterns))}; "
+            f"choose one, e.g. --dataset_split {next(iter(patterns))}, or put the files that you mean into a folder "
+            f"of their own (there: {', '.join(sorted(path.name for path in every))})"
+        )
+    kept = data_files(split if split in patterns else next(iter(patterns)))
+    left = sorted(str(path.relative_to(folder.resolve())) for path in every - kept)
+    if left:
+        say(f"note: not read, because their names are not of the split {split!r}: {', '.join(left)}")
+    return sorted(kept)
+
+
+def load_from_hub(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
+    """A data set by its name on the Hub, or a downloaded copy of one. Ends with exit code 2 where it cannot be had."""
+    about = f"(DATASET_SPLIT {split!r}, DATASET_CONFIG {config!r})"
+    with hub.hub_errors("data set", name, "DATASET_NAME", revision):
+        try:
+            return datasets.load_dataset(name, config, split=split, revision=revision)
+        except (FileNotFoundError, yaml.YAMLError) as error:
+            if hub.local_path(name) is None:
+                raise
+            cause = " ".join(str(error).split())[:300]
+            fail(f"{name}/README.md: its configurations cannot be read ({cause}); mend them, or remove the file")
+        except datasets.exceptions.DatasetGenerationError as error:
+            cause = " ".join(str(error.__cause__ or error).split())[:300]
+            fail(
+                f"data set {name!r} cannot be read by the library ({cause}); download its files and give their folder "
+                "as DATASET_NAME: rows that do not fit are then left out one by one"
+            )
+        except (ValueError, RuntimeError) as error:
+            # the second text is what the library says when it has read this data set's other branch before
+            if not re.search("scripts are no longer supported|Couldn't find cache", str(error)):
+                # unknown split or configuration: the library lists what exists
+                if type(error) is ValueError and not isinstance(error.__cause__, OSError):
+                    fail(f"data set {name!r}: {' '.join(str(error).split())} {about}")
+                raise
+        # The repository is a program that makes the rows. The Hub has run it and keeps the result, a folder a
+        # configuration, on a branch of its own.
+        branch = "refs/convert/parquet"
+        tree = datasets.data_files.HfFileSystem().ls(f"datasets/{name}@{branch}", detail=True)
+        known = sorted(Path(entry["name"]).name for entry in tree if entry["type"] == "directory")
+        if config is None and len(known) == 1:
+            config = known[0]
+        if config not in known:
+            fail(
+                f"data set {name!r} has the configurations {', '.join(known)}; DATASET_CONFIG is {config!r}: choose "
+                f"one, e.g. --dataset_config {known[-1] if known else 'default'}"
+            )
+        say(f"note: {name} is a loading script, which is not run; reading its {branch} instead")
+        return datasets.load_dataset(name, data_dir=config, split=split, revision=branch)
+
+
+class Label(str):
+    """The name of a label, and those of all labels of its column."""
+
+    names: list[str] = []
+
+
+def named(batches: Iterable[pyarrow.Table], features: datasets.Features) -> Iterator[dict]:
+    """The rows of Arrow tables, with a Label in place of the number of each datasets.ClassLabel."""
+    labels = {}
+    for key, kind in features.items():
+        if isinstance(kind, datasets.ClassLabel):
+            labels[key] = [Label(name) for name in kind.names]
+            for label in labels[key]:
+                label.names = kind.names
+    for batch in batches:
+        for row in batch.to_pylist():
+            for key, names in labels.items():
+                row[key] = names[row[key]] if row[key] is not None and 0 <= row[key] < len(names) else None
+            yield row
+
+
+def read_file(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, row) of one file; ends with exit code 2, naming file and line, where it cannot be read on."""
+    kind = path.suffix.lower()
+    reader = {".parquet": read_parquet, ".csv": read_csv}.get(kind, read_json)
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        # the error's own place counts from the last block read, or from behind the byte order mark
+        with open(path, "rb") as file:
+            code = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+            file.seek(0)
+            lines = enumerate(file, 1)
+            number = next(n for n, line in lines if line.decode(errors="replace").encode() != line)
+        fail(f"{path}, line {number}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f {code} -t utf-8 {path}")
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        fail(f"{path} cannot be read as {kind[1:]}: {str(error).splitlines()[0]}")
+
+
+def no_twins(names: list[str]) -> None:
+    """Raise ValueError for two columns of one name: one of them would silently hide the other."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two columns are named {twice!r}; rename one (columns: {', '.join(names)})")
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    no_twins([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        no_twins(file.schema_arrow.names)
+        batches = file.iter_batches(batch_size=1000)
+        try:
+            features = datasets.Features.from_arrow_schema(file.schema_arrow)
+        except ValueError:  # a type that `datasets` does not know, in a column that need not matter
+            features = datasets.Features()
+        rows = named(batches, features)
+        yield from ((f"{path.name} row {n}", row) for n, row in enumerate(rows, 1))
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, object]]:
+    csv.field_size_limit(sys.maxsize)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)  # or a quote that is never closed would swallow the rows behind it
+        try:
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            no_twins(reader.fieldnames)
+            yield from ((f"{path.name} line {reader.line_num}", row) for row in reader)
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error}; is a quote not closed, or not doubled?") from error
+
+
+# --- JSON
+
+# strict would refuse a line break inside a string, which people do write
+DECODER = json.JSONDecoder(strict=False)
+UNIQUE = json.JSONDecoder(strict=False, object_pairs_hook=unique_keys)
+TURNS = ("messages", "conversations", "prompt", "completion")  # columns that are lists of objects themselves
+
+
+def read_json(path: Path) -> Iterator[tuple[str, object]]:
+    """A list of rows, an object around one such list, or JSON Lines: one row a line, whatever the file is called.
+
+    A line that is no JSON is a BadRow. Only JSON Lines are read piece by piece; a list is read whole.
+    """
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        first = next((line for line in file if line.strip()), "")
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            UNIQUE.decode(first)  # the other lines are like the first
+        lines = first.lstrip()[:1] != "[" and (path.suffix.lower() == ".jsonl" or looks_like_lines(first, file))
+        if not lines:
+            file.seek(0)
+            try:
+                content = UNIQUE.decode(file.read())
+            except json.JSONDecodeError:
+                if path.suffix.lower() == ".json":
+                    raise
+                content = None  # .jsonl whose first line is broken
+            if path.suffix.lower() == ".json" and not isinstance(content, list):
+                # an object: the rows are its one list, e.g. {"data": [...]}
+                values = content.values() if isinstance(content, dict) else ()
+                lists = [value for value in values if isinstance(value, list)]
+                if len(lists) != 1:
+                    raise ValueError(
+                        "the file holds one value; a list of rows, or an object with one such list, is needed"
+                    )
+                content = lists[0]
+            if isinstance(content, list):
+                yield from ((f"{path.name} row {n}", row) for n, row in enumerate(content, 1))
+                return
+        file.seek(0)
+        broken = 0
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{path.name} line {number}"
+            try:
+                yield place, DECODER.decode(line)
+            except (ValueError, RecursionError):
+                broken += 1
+                if broken <= 3:
+                    say(f"note: {path}, line {number} is not JSON and is left out: {line[:60]!r}")
+                yield place, BadRow("not JSON")
+
+
+def looks_like_lines(first: str, rest: Iterable[str]) -> bool:
+    """True for JSON Lines: the first line is a whole row. rest: the lines behind it."""
+    try:
+        row = DECODER.decode(first)
+    except (ValueError, RecursionError):
+        return False
+    # an object around the rows may stand on one line, too: {"data": [{...}, {...}]}
+    lists = [v for k, v in row.items() if k not in TURNS] if isinstance(row, dict) else []
+    around = any(isinstance(v, list) and v and all(isinstance(row, dict) for row in v) for v in lists)
+    return isinstance(row, dict) and not (around and not any(line.strip() for line in rest))
+
+
+# --- general text
+
+
+def general_text(name: str | None) -> list[str]:
+    """The paragraphs of the file GENERAL_TEXT, or up to 200 texts of that Hub data set; [] where it is None.
+
+    Where no line of the file is empty, each line is a paragraph.
+    Of a data set: column text (or the first one of strings) of its split test, else validation, else train.
+    """
+    if name is None:
+        return []
+    mend = "give a text file, a Hub data set with a text column (owner/name#config), or: --general_text none"
+    path = hub.local_path(name)
+    if path is None:
+        repo, _, config = name.partition("#")
+        if not hub.is_hub_name(repo):
+            fail(f"GENERAL_TEXT {name!r}: there is no such file; {mend}")
+        from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
+
+        with hub.hub_errors("data set", repo, "GENERAL_TEXT"):
+            try:
+                configs = get_dataset_config_names(repo)
+                if config not in configs and (config or len(configs) > 1):
+                    known = ", ".join(configs[:12])
+                    fail(f"GENERAL_TEXT {name!r}: choose one of its configurations, {repo}#...: {known}")
+                config = config or configs[0]
+                splits = get_dataset_split_names(repo, config)
+                split = next((s for s in ("test", "validation", "train") if s in splits), splits[0])
+                rows = load_dataset(repo, config, split=split, streaming=True)
+            except ValueError as error:
+                fail(f"GENERAL_TEXT {name!r} cannot be read ({str(error).splitlines()[0]}); {mend}")
+            texts = []
+            for row in rows:
+                text = row.get("text") or next((v for v in row.values() if isinstance(v, str)), "")
+                texts += [text.strip()] if len(text.split()) >= 8 or len(text) >= 40 else []
+                if len(texts) == 200:
+                    break
+        return texts or fail(f"GENERAL_TEXT {name!r} holds no text; {mend}")
+    if not path.is_file():
+        fail(f"GENERAL_TEXT {name!r} is a folder; {mend}")
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+        gap = r"\n\s*\n" if re.search(r"\n\s*\n", text) else "\n"
+        texts = [p.strip() for p in re.split(gap, text) if p.strip()]
+    except UnicodeDecodeError as error:
+        fail(f"GENERAL_TEXT {name!r} is not UTF-8 text ({error.reason}); {mend}")
+    return texts or fail(f"GENERAL_TEXT {name!r} is empty; {mend}")

@@ -1,0 +1,341 @@
+"""A run from its start to its end: where it goes on, training_log.json, how it is interrupted, its curves."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import get_model_param_count
+
+from configs import device, handover
+from configs.settings import fail, main_process, say
+from configs.training.memory import Plan
+from configs.training.trainer import ExactTrainer, LengthGroupedSampler
+
+# --- before it starts
+
+
+def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Plan) -> None:
+    """Show one row as the model will see it, and what the run will do. Ends with exit code 2 where that is nothing.
+
+    rows, validation: with input_ids and labels. The trained tokens stand between the brackets.
+    """
+    row = rows[0]
+    first = next(n for n, label in enumerate(row["labels"]) if label != -100)
+    before, after = tokenizer.decode(row["input_ids"][:first]), tokenizer.decode(row["input_ids"][first:])
+    say(f"a row as the model sees it, trained between the brackets:\n{before}⟦{after}⟧\n")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    step = plan.batch_size * plan.accumulation * processes
+    if step > len(rows):
+        fail(
+            f"one optimizer step takes {plan.batch_size} x {plan.accumulation} x {processes} = {step} rows, and there "
+            f"are {len(rows)}; take fewer: --batch_size 1 --gradient_accumulation_steps {max(len(rows) // 4, 1)}"
+        )
+    steps = settings.MAX_STEPS or math.ceil(math.ceil(len(rows) / step) * settings.NUM_EPOCHS)
+    warmup = math.ceil(steps * settings.WARMUP_RATIO)
+    if settings.WARMUP_RATIO and warmup >= steps:
+        fail(
+            f"the run has {steps} step{'s' * (steps > 1)}, and WARMUP_RATIO={settings.WARMUP_RATIO} makes {warmup} of "
+            "them warm-up: the learning rate would never be reached; train longer, or --warmup_ratio 0"
+        )
+    lengths, trained = np.array(rows["length"]), sum(rows["trained"])
+    order = np.array(list(LengthGroupedSampler(lengths, step, settings.SEED, lambda: 0)))
+    padded = sum(
+        len(part) * part.max()
+        for part in (lengths[order[i : i + plan.batch_size]] for i in range(0, len(order), plan.batch_size))
+    )
+    say(
+        f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, {1 - lengths.sum() / padded:.1%} "
+        f"padding; {len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} of them warm-up"
+    )
+
+
+def resume_point(output_dir: str, resume: bool | str, settings: dict, manifest_sha256: str) -> str | None:
+    """The checkpoint to go on from, or None for a fresh start (which removes what an older run left behind).
+
+    resume: True goes on or ends with exit code 2; False starts afresh; "auto" goes on where an unfinished run with the
+    same settings and data lies. A checkpoint that was cut off while it was written is not used.
+    """
+    folder = Path(output_dir)
+    complete, broken = [], []
+    for path in folder.glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            # the Trainer writes this file last
+            complete.append((json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path))
+            continue
+        broken.append(path)
+    last = max(complete)[1] if complete else None
+
+    log, why = {}, "there is no checkpoint"
+    with contextlib.suppress(OSError, ValueError):
+        log = json.loads((folder / "training_log.json").read_text("utf-8"))
+    if last:
+        why = handover.other_run(log, settings, manifest_sha256)
+        if not why and log["summary"]["status"] == "done" and resume != True:  # noqa: E712 ("auto" is not True)
+            why = "it is finished"
+    if resume is True and why:
+        fail(f"RESUME is true, but {output_dir} cannot be continued: {why}; start afresh with: --resume false")
+    if resume is not False and not why:
+        say(f"resuming from {last}")
+        return str(last)
+    if main_process():
+        if last and resume is not False:
+            say(f"starting afresh; the older run in {output_dir} is not continued: {why}")
+        for path in [p for _, p in complete] + broken + [folder / "runs"]:
+            shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
+# --- while it runs
+
+
+class RunLog(TrainerCallback, ExportableState):
+    """Renews training_log.json at every logging step, and ends the run well on Ctrl-C, SIGTERM or a NaN.
+
+    It says when the model overfits, and shows sample answers in TensorBoard. What must go on across a resume (time,
+    peak memory) travels in the checkpoint's trainer_state.json.
+    """
+
+    def __init__(self, method: str, settings: dict, plan: Plan, manifest: dict, rows: dict, resumed_from: str | None):
+        """rows: {"train_rows": n, "eval_rows": n}; resumed_from: a checkpoint or None."""
+        self.path = Path(settings["OUTPUT_DIR"]) / "training_log.json"
+        self.head = {
+            "method": method,
+            "model_name": settings["MODEL_NAME"],
+            "settings": settings,
+            "environment": device.environment(),
+            "parameters": {"trainable": None, "total": None, "percent": None},
+            "data": {"manifest_sha256": manifest["manifest_sha256"], **rows},
+            "plan": plan.as_dict(),
+            "notes": [],
+        }
+        self.manifest, self.resumed_from = manifest, resumed_from
+        self.model_parameters = plan.parameters
+        self.seconds, self.peak, self.began = 0.0, 0, None
+        self.signal: int | None = None
+        self.prompts: list[tuple[list[int], list[int]]] = []  # (prompt, answer) whose answers TensorBoard shows
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of this callback (transformers' ExportableState)."""
+        return {"args": {}, "attributes": {"seconds": self.elapsed(), "peak": max(self.peak, device.peak_memory())}}
+
+    def elapsed(self) -> float:
+        return self.seconds + (time.monotonic() - self.began if self.began is not None else 0.0)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.resumed_from:
+            saved = state.stateful_callbacks.get("RunLog", {})
+            saved = saved[-1] if isinstance(saved, list) else saved
+            self.seconds, self.peak = saved["attributes"]["seconds"], saved["attributes"]["peak"]
+        self.began = time.monotonic()
+        trainable = get_model_param_count(model, trainable_only=True)
+        total = self.model_parameters + (trainable if hasattr(model, "peft_config") else 0)
+        self.head["parameters"] = {
+            "trainable": trainable,
+            "total": total,
+            "percent": round(100 * trainable / total, 4),
+        }
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        self.write(state, "running")
+
+    def on_signal(self, number, frame):
+        if self.signal is not None:  # asked twice: at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = number
+        say(f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint (again: stop at once)")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = self.signal is not None
+        if args.world_size > 1:  # all processes must stop at the same step, or they wait for one another for ever
+            flag = torch.tensor(float(stop), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            stop = bool(flag.item())
+            self.signal = self.signal or (signal.SIGTERM if stop else None)
+        if stop:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.write(state, "running")
+        for key in ("loss", "eval_loss"):
+            if key in (logs or {}) and not math.isfinite(logs[key]):
+                self.write(state, "failed")
+                kept = state.best_model_checkpoint or "none was saved"
+                raise FloatingPointError(
+                    f"{key} is {logs[key]} at step {state.global_step}; last good checkpoint: {kept}; try a lower "
+                    "LEARNING_RATE or PRECISION fp32"
+                )
+        if (logs or {}).get("loss") == 0.0:
+            self.write(state, "failed")
+            kept = state.best_model_checkpoint or "none was saved"
+            raise FloatingPointError(
+                f"loss is 0 at step {state.global_step}, so nothing is learned: are the answers all alike? last good "
+                f"checkpoint: {kept}"
+            )
+        if "eval_loss" in (logs or {}) and (note := overfitting(state.log_history)):
+            if not any(n.startswith("overfitting") for n in self.head["notes"]):
+                say(f"\nnote: {note}")
+                self.head["notes"].append(note)
+
+    def on_evaluate(self, args, state, control, model=None, processing_class=None, **kwargs):
+        """Greedy answers to a few validation prompts, for TensorBoard's text tab."""
+        if args.world_size > 1 or not self.prompts or getattr(self.board, "tb_writer", None) is None:
+            return
+        text = []
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        for prompt, answer in self.prompts:
+            if len(prompt) + 48 > positions:
+                continue
+            ids = torch.tensor([prompt], device=args.device)
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=48,
+                    do_sample=False,
+                    pad_token_id=processing_class.pad_token_id,
+                )
+            parts = (prompt, out[0, len(prompt) :].tolist(), answer)
+            question, reply, reference = (processing_class.decode(p, skip_special_tokens=True) for p in parts)
+            text.append(f"**prompt**\n\n    {indent(question)}\n\n**answer**\n\n    {indent(reply)}\n\n")
+            text[-1] += f"**reference**\n\n    {indent(reference)}"
+        self.board.tb_writer.add_text("sample answers", "\n\n---\n\n".join(text), state.global_step)
+
+    def write(self, state, status: str) -> None:
+        """Replace training_log.json by the state of this moment (main process only)."""
+        if not state.is_world_process_zero:
+            return
+        history = [
+            {k: (v if not isinstance(v, float) or math.isfinite(v) else str(v)) for k, v in record.items()}
+            for record in state.log_history
+            if "loss" in record or "eval_loss" in record
+        ]
+        losses = [(r["step"], r["loss"]) for r in history if isinstance(r.get("loss"), float)]
+        spans = np.diff([0] + [step for step, _ in losses])
+        seconds = self.elapsed()
+        summary = {
+            "status": status,
+            "train_runtime_s": round(seconds, 2),
+            "steps": state.global_step,
+            "epochs": round(state.epoch or 0.0, 4),
+            "train_loss": float(np.average([x for _, x in losses], weights=spans)) if losses else None,
+            "eval_loss": state.best_metric if state.best_metric is None else float(state.best_metric),
+            "tokens": int(state.num_input_tokens_seen),
+            "tokens_per_second": round(state.num_input_tokens_seen / seconds, 1) if seconds else None,
+            "peak_memory_bytes": max(self.peak, device.peak_memory()),
+            "best_checkpoint": state.best_model_checkpoint,
+            "resumed_from": self.resumed_from,
+        }
+        if summary["eval_loss"] is not None and not math.isfinite(summary["eval_loss"]):
+            summary["eval_loss"] = None
+        handover.write_json(self.path, {**self.head, "history": history, "summary": summary})
+
+
+def indent(text: str) -> str:
+    """Text inside an indented block of Markdown: shown as it is, whatever markup it holds."""
+    return text.replace("\n", "\n    ")
+
+
+def overfitting(history: list[dict]) -> str | None:
+    """A sentence where eval_loss rose in the last two evaluations while the training loss fell; None elsewhere."""
+    evals = [(n, record) for n, record in enumerate(history) if "eval_loss" in record]
+    if len(evals) < 3:
+        return None
+    (first, best), (_, second), (last, third) = evals[-3:]
+    before = [r["loss"] for r in history[:first] if "loss" in r][-1:]
+    after = [r["loss"] for r in history[first:last] if "loss" in r][-1:]
+    if not before or not after or not best["eval_loss"] < second["eval_loss"] < third["eval_loss"]:
+        return None
+    if after[0] >= before[0]:
+        return None
+    return (
+        f"overfitting since epoch {best['epoch']:.2f}: eval_loss rose from {best['eval_loss']:.4f} to "
+        f"{third['eval_loss']:.4f} while the training loss fell from {before[0]:.4f} to {after[0]:.4f}; the "
+        "checkpoint with the lowest eval_loss is kept; fewer epochs or a lower learning rate would do"
+    )
+
+
+def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
+    """Train. An interruption ends the process with 130 or 143 and names the checkpoint; a NaN, with 1."""
+    if checkpoint:  # its evaluation stands in the log already
+        trainer.args.eval_on_start = False
+    log.board = next((cb for cb in trainer.callback_handler.callbacks if hasattr(cb, "tb_writer")), None)
+    for row in trainer.eval_dataset.select(range(min(2, len(trainer.eval_dataset)))):
+        at = row["labels"].count(-100)
+        log.prompts.append((row["input_ids"][:at], row["input_ids"][at:]))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except FloatingPointError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        log.write(trainer.state, "failed")
+        size = trainer.args.per_device_train_batch_size
+        fail(
+            f"the memory is full at {trainer.portion or size} rows a pass ({str(error).split('. ')[0]}); halve "
+            f"BATCH_SIZE and double GRADIENT_ACCUMULATION_STEPS: --batch_size {max(size // 2, 1)} "
+            f"--gradient_accumulation_steps {trainer.args.gradient_accumulation_steps * 2}; or use shorter rows "
+            "(MAX_LENGTH), or LoRA with USE_4BIT"
+        )
+    if log.signal is not None:
+        log.write(trainer.state, "interrupted")
+        saved = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
+        say(f"interrupted at step {trainer.state.global_step}; saved {saved}; the same command goes on from there")
+        sys.stdout.flush()
+        # a plain exit would wait for the other processes; they leave the same way
+        os._exit(128 + log.signal)
+
+
+# --- when it is done
+
+
+def finish(trainer: ExactTrainer, log: RunLog) -> None:
+    """After training: the curves as a picture, the hparams tab of TensorBoard, and the log's last state."""
+    if not trainer.is_world_process_zero():
+        return
+    settings, history = log.head["settings"], trainer.state.log_history
+    draw_curves(history, Path(settings["OUTPUT_DIR"]) / "training_curves.png")
+    if "tensorboard" in trainer.args.report_to:
+        shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+        losses = {f"hparam/{k}": r[k] for r in history for k in ("loss", "eval_loss") if isinstance(r.get(k), float)}
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        # the Trainer's callback writes the settings as a text only; add_hparams would open a folder of its own
+        with SummaryWriter(os.environ["TENSORBOARD_LOGGING_DIR"]) as writer:
+            for summary in hparams(shown, losses):
+                writer.file_writer.add_summary(summary)
+            for name, value in losses.items():
+                writer.add_scalar(name, value, trainer.state.global_step)
+    log.write(trainer.state, "done")
+
+
+def draw_curves(history: list[dict], path: Path) -> None:
+    """Training and validation loss, and the learning rate, over the optimizer steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 3.5))
+    handover.draw_losses(axis, history)
+    rates = [(r["step"], r["learning_rate"]) for r in history if "learning_rate" in r]
+    if rates:
+        twin = axis.twinx()
+        twin.plot(*zip(*rates, strict=True), ":", color="gray", label="learning rate")
+        twin.set_ylabel("learning rate")
+        twin.set_ylim(bottom=0)
+    axis.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
