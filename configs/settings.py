@@ -220,9 +220,11 @@ def override(constants: dict, argv: list[str] | None = None, check: Callable[[di
 
 
 def override_all(constants: dict, argv: list[str] | None = None) -> dict[str, list[str]]:
-    """The same for run_all.py: its own constants in place, and the rest dealt out as in `split_flags`.
+    """The same for run_all.py: its own constants in place, and the rest dealt out: {section: argv of its script}.
 
-    Every flag of a step is a flag of run_all.py, too. DEMO is `PRESET = "demo"` and `YES = True` in one word.
+    `--num_epochs 1` goes to every step that has it, `--lora.learning_rate 1e-4` to one, `--preset X` to all. The preset
+    comes first, then the general flags, then a step's own, so that those win. Each comes out as one word,
+    `--name=value`. DEMO is `PRESET = "demo"` and `YES = True` in one word.
     """
     global _run
     script, own, argv = _begin(constants, argv)
@@ -242,19 +244,6 @@ def override_all(constants: dict, argv: list[str] | None = None) -> dict[str, li
     names = [prefix + flag.constant.name.lower() for prefix, flag in zip(prefixes, flags, strict=True)]
     _run = Run(script, preset, {name: flag.typed for name, flag in zip(names, flags, strict=True)})
     return dealt
-
-
-def split_flags(argv: list[str], root: str | Path) -> dict[str, list[str]]:
-    """Deal out the flags that run_all.py was given to the steps: {section: argv of that section's script}.
-
-    `--num_epochs 1` goes to every step that has it, `--lora.learning_rate 1e-4` to one, `--preset X` to all.
-    The preset comes first, then the general flags, then a step's own, so that those win. Each comes out as
-    one word, `--name=value`. Mistakes, wrong types among them, are shown together and exit with 2.
-    """
-    root, problems = Path(root).absolute(), []
-    scripts = _all_constants(root)
-    preset, flags = read_flags(argv, _by_section(scripts), lambda: scripts, problems)
-    return _deal(preset, flags, scripts, root, problems)
 
 
 def _by_section(scripts: dict[str, dict[str, Constant]]) -> dict[str, dict[str, Constant]]:

@@ -200,7 +200,6 @@ def test_every_file_is_there(readme):
 
 
 @pytest.mark.parametrize("readme", READMES)
-@pytest.mark.skipif(not (ROOT / "configs" / "preparation").is_dir(), reason="the folders are not there yet")
 def test_the_layout_is_as_shown(readme):
     (tree,) = [block for block in blocks(readme) if block.startswith(SCRIPTS[0])]
     for line in tree.splitlines():

@@ -23,7 +23,7 @@ from conftest import ROOT, SCRIPTS, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.settings import SECTIONS, list_presets, override, read_constants, split_flags
+from configs.settings import SECTIONS, list_presets, override, override_all, read_constants
 from run_all import TEXTS, parse_steps
 
 STAND_IN = """
@@ -295,7 +295,7 @@ def test_a_pipe_that_nobody_reads_ends_it_without_a_word(folder):
     line = f"{sys.executable} run_all.py --yes | head -1; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True)
     assert (result.stdout.splitlines()[-1], result.stderr) == ("141", "")
-    assert steps(folder) == "1"
+    assert steps(folder) in ("", "1")  # run_all.py or the first step has noticed it; nothing has gone on
 
 
 @pytest.mark.parametrize(
@@ -574,7 +574,8 @@ def test_every_preset_fits_all_four_scripts(preset, capsys):
     assert data["description"]
     # the menu has one line for it
     assert "\n" not in data["description"].strip()
-    dealt = split_flags(["--preset", preset], ROOT)
+    own = {name: constant.default for name, constant in read_constants(ROOT / "run_all.py").items()}
+    dealt = override_all({"__file__": str(ROOT / "run_all.py"), **own}, ["--preset", preset])
     for script, section in SECTIONS.items():
         known = read_constants(ROOT / script)
         constants = {name: constant.default for name, constant in known.items()}

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,10 +32,10 @@ from configs.settings import (
     list_presets,
     main_process,
     override,
+    override_all,
     preset_path,
     read_constants,
     say,
-    split_flags,
 )
 
 REPO = Path(__file__).resolve().parent.parent
@@ -525,6 +526,12 @@ def test_all_problems_at_once(root):
 
 
 # --- run_all.py
+
+
+def split_flags(argv: list[str], root: Path) -> dict[str, list[str]]:
+    """What run_all.py, placed in `root`, gives to the steps there."""
+    own = Path(shutil.copy(Path(__file__).parents[1] / "run_all.py", root))
+    return override_all({"__file__": str(own), **{n: c.default for n, c in read_constants(own).items()}}, argv)
 
 
 def test_split_flags(root):
