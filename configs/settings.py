@@ -222,8 +222,8 @@ def override(constants: dict, argv: list[str] | None = None, check: Callable[[di
 def override_all(constants: dict, argv: list[str] | None = None) -> dict[str, list[str]]:
     """The same for run_all.py: its own constants in place, and the rest dealt out: {section: argv of its script}.
 
-    `--num_epochs 1` goes to every step that has it, `--lora.learning_rate 1e-4` to one, `--preset X` to all. The preset
-    comes first, then the general flags, then a step's own, so that those win. Each comes out as one word,
+    `--num_epochs 1` goes to every step that has it, `--lora.learning_rate 1e-4` to one, `--preset X` to all. The
+    preset comes first, then the general flags, then a step's own, so that those win. Each comes out as one word,
     `--name=value`. DEMO is `PRESET = "demo"` and `YES = True` in one word.
     """
     global _run
