@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 from configs import hub
-from configs.settings import fail, freeze, override, say
+from configs.settings import fail, freeze, main_process, override, say
 
 # --- data set
 DATASET_NAME: Annotated[str, "not empty"] = "gbharti/finance-alpaca"  # Hub name, or a local file or folder
@@ -44,8 +44,8 @@ MAX_DROP_FRACTION: Annotated[float, "0 <= x <= 1"] = 0.2  # stop when a larger s
 EVAL_FRACTION: Annotated[float, "0 < x < 1"] = 0.1  # share of the rows held out: half for validation, half for testing
 NUM_TEST_PROMPTS: Annotated[int, "x >= 1"] = 100  # prompts of the test split that step 4 lets the models answer
 SEED: Annotated[int, "0 <= x < 4_000_000_000"] = 42  # decides which rows are held out
-# Near-duplicates on both sides would let a model recall what it is tested on. Below 0.7 they would not be found;
-# none keeps only equal prompts together. Prompts with other figures are other questions: 5 % of 300 and 7 % of 450.
+# Near-duplicates on both sides would let a model recall what it is tested on. Prompts that differ in a number (5 % of
+# 300, 7 % of 450) are different questions. The search finds nothing below 0.7; none keeps only equal prompts together.
 NEAR_DUPLICATE_THRESHOLD: Annotated[float | None, "0.7 <= x <= 1"] = 0.8  # keep prompts this alike (Jaccard) together
 
 # --- output
@@ -53,7 +53,7 @@ DATA_DIR = "data"  # folder for the prepared data
 
 if __name__ == "__main__":
     override(globals(), check=hub.model_problems)
-    hub.go_online(DATASET_NAME, MODEL_NAME)  # first, because the libraries read its answer when they load
+    hub.go_online(DATASET_NAME, MODEL_NAME)  # before the imports below: the libraries read its answer
 
 import datasets
 import numpy as np
@@ -81,8 +81,7 @@ def format_to_chatml(example: dict) -> dict | list | str:
     - {"messages": [...]} or the list itself: {role, content} messages, of which the last is the assistant's answer
     - {"prompt": ..., "completion": ...}: each a string or a list of messages
     - one string that ends with the row's `output`, e.g. f"### Instruction:\\n{q}\\n\\n### Response:\\n{a}"; it is
-      split
-      in front of the answer, so that the loss stays on the answer
+      split in front of the answer, so that the loss stays on the answer
     """
     if "messages" in example:
         return {"messages": example["messages"]}
@@ -419,6 +418,8 @@ def save_splits(
 
 def main() -> None:
     settings = freeze(globals())
+    if not main_process():
+        return  # of several processes, the first one prepares the data
     folder = Path(settings.DATA_DIR)
     with handover.lock(folder), handover.replacing(folder) as new:
         # --- read and check

@@ -1,7 +1,8 @@
 """Fine-tunes a causal language model with QLoRA: small trained matrices on a frozen 4-bit base.
 
 Reads:  data/ (made by 1_prepare_dataset.py)
-Writes: outputs/lora_model/: final_lora_adapter/, training_log.json, checkpoint-*, runs/ (TensorBoard)
+Writes: outputs/lora_model/: final_lora_adapter/, training_log.json, training_curves.png, checkpoint-*,
+        runs/ (TensorBoard); with MERGE_ADAPTER also merged_model/
 
     python 2_lora_finetuning.py
     accelerate launch 2_lora_finetuning.py --num_epochs 1
@@ -58,7 +59,7 @@ EARLY_STOPPING_PATIENCE: Annotated[int | None, "x >= 1"] = None  # stop after th
 SEED: Annotated[int, "0 <= x < 4_000_000_000"] = 42  # for the order of the rows, dropout and new weights
 
 # --- memory
-# auto leaves it to the memory plan: printed before the model loads, it takes the fastest way that fits.
+# auto leaves the choice to the memory plan, which is printed before the model loads: the fastest way that fits.
 # Of the library's optimizers, these need no further package.
 AdamW = Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"]
 EightBit = Literal["adamw_torch_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit"]
@@ -84,7 +85,7 @@ OUTPUT_DIR = "outputs/lora_model"  # checkpoints, training_log.json, TensorBoard
 
 if __name__ == "__main__":
     override(globals(), check=hub.model_problems)
-    hub.go_online(MODEL_NAME)  # first, because the libraries read its answer when they load
+    hub.go_online(MODEL_NAME)  # before the imports below: the libraries read its answer
 
 import torch
 from peft import LoraConfig

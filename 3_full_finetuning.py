@@ -1,7 +1,8 @@
 """Fine-tunes a causal language model with all its weights, with DeepSpeed where one GPU is not enough.
 
 Reads:  data/ (made by 1_prepare_dataset.py)
-Writes: outputs/full_model/: final_model/, training_log.json, checkpoint-*, runs/ (TensorBoard)
+Writes: outputs/full_model/: final_model/, training_log.json, training_curves.png, checkpoint-*,
+        runs/ (TensorBoard)
 
     python 3_full_finetuning.py
     accelerate launch 3_full_finetuning.py --num_epochs 1
@@ -51,7 +52,7 @@ EARLY_STOPPING_PATIENCE: Annotated[int | None, "x >= 1"] = None  # stop after th
 SEED: Annotated[int, "0 <= x < 4_000_000_000"] = 42  # for the order of the rows, dropout and new weights
 
 # --- memory
-# auto leaves it to the memory plan: printed before the model loads, it takes the fastest way that fits.
+# auto leaves the choice to the memory plan, which is printed before the model loads: the fastest way that fits.
 # Of the library's optimizers, these need no further package.
 AdamW = Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"]
 EightBit = Literal["adamw_torch_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit"]
@@ -77,7 +78,7 @@ OUTPUT_DIR = "outputs/full_model"  # checkpoints, training_log.json, TensorBoard
 
 if __name__ == "__main__":
     override(globals(), check=hub.model_problems)
-    hub.go_online(MODEL_NAME)  # first, because the libraries read its answer when they load
+    hub.go_online(MODEL_NAME)  # before the imports below: the libraries read its answer
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel

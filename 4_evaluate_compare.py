@@ -2,7 +2,8 @@
 
 Reads:  data/ (its test split), outputs/lora_model/final_lora_adapter, outputs/full_model/final_model
 Writes: outputs/evaluation_results.json, evaluation_examples.jsonl, evaluation_report.md and .html, plots/;
-        with JUDGE also judge_verdicts.jsonl, so that no verdict is asked for twice
+        with JUDGE also judge_verdicts.jsonl, so that no verdict is asked for twice;
+        and the test scores into README.md of final_lora_adapter and final_model
 
     python 4_evaluate_compare.py
     python 4_evaluate_compare.py --prompt "What is an ETF?"
@@ -59,10 +60,9 @@ REPORT_LANGUAGE: Literal["en", "zh"] = "en"  # language of the report and of the
 
 if __name__ == "__main__":
     override(globals(), check=hub.model_problems)
-    # first, because the libraries read its answer when they load
     reward = JUDGE.removeprefix("reward:") if JUDGE and JUDGE.startswith("reward:") else None
     text = GENERAL_TEXT if not GENERAL_TEXT or hub.local_path(GENERAL_TEXT) else GENERAL_TEXT.partition("#")[0]
-    hub.go_online(MODEL_NAME, text, EMBEDDING_MODEL, reward)
+    hub.go_online(MODEL_NAME, text, EMBEDDING_MODEL, reward)  # before the imports below: the libraries read its answer
 
 import numpy as np
 from rich.table import Table
@@ -106,14 +106,19 @@ from configs.preparation.reading import general_text
 class Metric(NamedTuple):
     """A metric: which direction is better, in which unit, on which rows, and the function that computes it.
 
-    A function over test prompts takes any of answers, references, questions, stopped (and embed) as columns of one
-    length, and returns one number a prompt. To add a metric, write such a function in configs/evaluation/metrics.py,
-    give it a line in METRICS, and name it in configs/evaluation/templates/en.yaml and zh.yaml.
+    On test prompts, the function takes any of answers, references, questions, stopped (and embed) as columns of one
+    length and returns one number a prompt. On test rows and general text, the metric is the nll that was scored, and
+    the function only sums it up for one model.
+
+    To add a metric over test prompts, write its function in configs/evaluation/metrics.py, give it a line in METRICS,
+    and name it in configs/evaluation/templates/en.yaml and zh.yaml. It then stands in evaluation_results.json and in
+    the report's table of differences. For a line in the tables of models, add one to report.md.jinja (`row`) and one
+    to summary_table in configs/evaluation/report.py.
     """
 
-    better: str
+    better: Literal["lower", "higher"]
     unit: str
-    on: str
+    on: Literal["test rows", "test prompts", "general text"]
     function: Callable
 
 
@@ -126,8 +131,10 @@ METRICS = {
     "helpfulness": Metric("higher", "0 to 1", "test prompts", metrics.helpfulness_proxy),
     "forgetting": Metric("lower", "nats per token", "general text", metrics.likelihood),
 }
+# A pair is (a, b), and a difference is a - b. Each list is a family of its own for Holm's correction.
 PAIRS = [("lora", "base"), ("full", "base"), ("full", "lora")]
-# where LoRA was trained over 4 bits: what the 4 bits cost, and what tuning gained over the same 4 bits
+# LoRA trained over 4 bits adds two: what the 4 bits cost, and what tuning gained over the same 4 bits. "base_4bit" is
+# the base in those 4 bits: a control that answers nothing.
 PAIRS_4BIT = [("base_4bit", "base"), ("lora", "base_4bit")]
 
 
@@ -181,16 +188,20 @@ class Rows(NamedTuple):
 
 # --- what makes a comparison unfair
 
+# These notes warn. What withholds the verdict is unsound() in configs/evaluation/candidates.py, and what withholds a
+# judge's is judged() in configs/evaluation/judge.py.
+
 
 def fairness(
     logs: dict[str, dict], test_rows: int, settings, cut: dict[str, int], questions: int, prompts: int
 ) -> list[Note]:
-    """What keeps the comparison from being fair, as notes for the report.
+    """What makes the comparison unfair or too weak, as notes for the report.
 
-    logs: of the trained models, by method. cut: answers per model that reached MAX_NEW_TOKENS. questions: different
-    ones among the test rows; prompts: number of test prompts.
+    logs: of the trained models, by method. cut: answers per trained model that did not end by themselves. questions:
+    different ones among the test rows; prompts: number of test prompts.
     """
     notes: list[Note] = []
+    # a sign-flip test of n groups cannot go below 2 / 2**n, which Holm multiplies by up to 3
     if questions < 8:
         notes.append(("too_few_rows", {"rows": test_rows, "groups": questions}))
     elif questions < 100:
@@ -302,8 +313,8 @@ def answer_prompts(
     return answer(model, tokenizer, prompt_ids, ends, *decoding)
 
 
-def ask_judge(settings, held_out: HeldOut, measured: dict[str, Measured]) -> dict | None:
-    """What the judge says, None without one; its verdicts against the reference are given to each model."""
+def judge_answers(settings, held_out: HeldOut, measured: dict[str, Measured]) -> dict | None:
+    """What the judge says, None without one; sets `verdicts` of each model."""
     if not settings.JUDGE:
         return None
     kind, _, rest = settings.JUDGE.partition(":")
@@ -428,7 +439,7 @@ def with_embedder(settings, held_out: HeldOut) -> HeldOut:
 
 
 def answer_one(settings, candidates: list[Candidate]) -> None:
-    """Print every model's answer to PROMPT side by side; nothing is written."""
+    """Print every model's answer to PROMPT side by side; no result is written."""
     prompt = [{"role": "user", "content": settings.PROMPT}]
     for candidate in candidates:
         if marks := [mark for mark in chat.markers(candidate.tokenizer) if mark in settings.PROMPT]:
@@ -457,7 +468,7 @@ def answer_one(settings, candidates: list[Candidate]) -> None:
 
 
 def problems(settings) -> list[str]:
-    """What can be seen before anything is loaded, and is no matter of one setting's range."""
+    """What is wrong with EMBEDDING_MODEL, PROMPT and JUDGE, before any model is loaded."""
     found = []
     if settings.EMBEDDING_MODEL:
         found += hub.check_model(settings.EMBEDDING_MODEL, flag="EMBEDDING_MODEL")
@@ -518,7 +529,7 @@ def main() -> None:
 
         # --- compare
         held_out = with_embedder(settings, held_out)
-        opinion = ask_judge(settings, held_out, measured)
+        opinion = judge_answers(settings, held_out, measured)
         by_model = {
             label: {name: rows for name in METRICS if (rows := rows_of(name, m, held_out)) is not None}
             for label, m in measured.items()
@@ -526,7 +537,7 @@ def main() -> None:
         described = {
             c.label: describe(settings, c, measured[c.label], held_out, by_model[c.label]) for c in candidates
         }
-        if "base_4bit" in described:
+        if "base_4bit" in described:  # the control is no fourth model: it stands with LoRA, which it explains
             described["lora"]["base_4bit"] = described.pop("base_4bit")
         reasons, logs = unsound(candidates, manifest), {c.label: c.log for c in candidates if c.log}
         cut = {label: measured[label].stopped.count(False) for label in logs}

@@ -24,7 +24,7 @@ PACKAGES = "torch transformers datasets peft trl bitsandbytes accelerate deepspe
 
 def machine_problems() -> list[str]:
     """What about the visible devices would end in a crash or in a run of weeks: one sentence each."""
-    launched = "RANK" in os.environ
+    launched = bool(os.environ.get("RANK"))
     if torch.cuda.is_available():
         if torch.cuda.device_count() > 1 and not launched:
             script, n = sys.argv[0], torch.cuda.device_count()

@@ -1,6 +1,7 @@
-"""What one script writes and another reads: atomic writes, locks, the manifest, and when two runs are the same run."""
+"""What one script writes and another reads: atomic writes, locks, the manifest, whether a run continues another."""
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -15,6 +16,8 @@ from filelock import FileLock, Timeout
 from configs.settings import SECTIONS, command, fail, main_process
 
 PREPARE, LORA, FULL, EVALUATE = SECTIONS  # the scripts, in running order
+# what flock answers on a file system without locks (some network mounts)
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 # --- atomic writes
@@ -116,16 +119,15 @@ def lock(folder: str | Path) -> Iterator[None]:
     if not main_process():  # the other processes of one run write nothing
         yield
         return
-    held = FileLock(folder / ".lock", blocking=False)
+    held = FileLock(folder / ".lock", blocking=False, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except Timeout:
         fail(f"{folder}: another run is writing there; wait for it, or stop it first")
-    except NotImplementedError:
-        pass  # a file system without locks (some network mounts): two runs at once are the user's own care
     except OSError as error:
-        fail(f"{folder}: cannot write there ({error.strerror}); choose another folder or mend its permissions")
+        if error.errno not in NO_LOCKS:  # without locks, two runs at once are the user's own care
+            fail(f"{folder}: cannot write there ({error.strerror}); choose another folder or mend its permissions")
     try:
         _roll_back(folder)
         yield
@@ -134,7 +136,10 @@ def lock(folder: str | Path) -> Iterator[None]:
 
 
 def settle(folder: str | Path) -> None:
-    """Before reading: undo an exchange that a killed run left unfinished. Nothing happens where none was."""
+    """Before reading: undo an exchange that a killed run left unfinished. Nothing happens where none was.
+
+    Of several processes the first one does it, and the others do not wait for it.
+    """
     if main_process() and (Path(folder) / ".old").is_dir():
         with lock(folder):
             pass
@@ -150,7 +155,7 @@ def read_json(path: str | Path, mend: str, needs: tuple[str, ...] = ()) -> dict:
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if lacking := [key for key in needs if key not in value]:
+        if lacking := [key for key in needs if not isinstance(value, dict) or key not in value]:
             fail(f"{path} is not complete ({lacking[0]} is missing); write it anew with: {mend}")
         return value
     except FileNotFoundError:

@@ -1246,7 +1246,7 @@ def test_the_model_cards_hold_the_test_scores(call):
             untouched = re.split("|".join(map(re.escape, marks)), before[name])
             assert "Not measured yet" in untouched[1] and [head, tail] == [untouched[0], untouched[2]]
             first, blank, *table, gap, last = scores.splitlines()
-            assert first == f"On the {rows} rows of the test split, and 16 of their prompts:" and blank == gap == ""
+            assert first == f"On {rows} rows and 16 prompts of the test split:" and blank == gap == ""
             assert last == results["verdict"]
             cells = [[part.strip() for part in line.strip("|").split("|")] for line in table]
             assert cells[0] == ["", "base", "this model"] and cells[1] == ["---"] * 3
@@ -1490,7 +1490,7 @@ def test_both_languages_have_the_same_sentences_with_the_same_gaps(script):
     files = [folder / "templates/report.md.jinja", *sorted(folder.glob("*.py")), Path(script.__file__)]
     used = "\n".join(path.read_text("utf-8") for path in files)
     for key in en:  # no sentence that nobody says
-        name = key.removeprefix("note_").removeprefix("plot_")
+        name = key.removeprefix("note_").removeprefix("plot_").removeprefix("form_")
         assert re.search(rf"\b{name}\b", used), key
 
 
@@ -1547,12 +1547,14 @@ def test_near_equal_questions_are_drawn_together(call, script, monkeypatch):
 def test_a_prompt_is_in_the_group_of_its_row():
     turns = {n: [{"role": "user", "content": f"Question {n}"}] for n in range(4)}
     rows = [{"id": f"{n}", "prompt": turns[n], "group": group} for n, group in enumerate(["x", "x", None])]
-    prompts = [{"id": f"{n}", "prompt": turns[n], "reference": f"Answer {n}"} for n in (1, 0, 3, 2)]
+    groups = ["x", "x", None, "x"]  # row 3 is not among those that MAX_EVAL_SAMPLES left, and keeps its group
+    prompts = [
+        {"id": f"{n}", "prompt": turns[n], "reference": f"Answer {n}", "group": groups[n]} for n in (1, 0, 3, 2)
+    ]
     held_out = HeldOut(rows, prompts)
     alone = json.dumps(turns[2]).lower()
     assert held_out.groups == ["x", "x", alone]
-    # row 3 is not among those that MAX_EVAL_SAMPLES left
-    assert held_out.prompt_groups == ["x", "x", json.dumps(turns[3]).lower(), alone]
+    assert held_out.prompt_groups == ["x", "x", "x", alone]
     assert held_out.questions == ["Question 1", "Question 0", "Question 3", "Question 2"]
     assert held_out.references == ["Answer 1", "Answer 0", "Answer 3", "Answer 2"]
 

@@ -3,6 +3,7 @@
 import ast
 import collections
 import contextlib
+import errno
 import json
 import os
 import random
@@ -862,6 +863,33 @@ def test_an_interrupted_run_leaves_the_data_as_they_were(prepare, tiny, tmp_path
     assert left == before
     prepare(tail(50))
     assert {path.name for path in Path("data").iterdir()} == {".lock", *DATA_FILES}
+
+
+def test_a_file_system_without_locks_is_no_reason_to_refuse(tmp_path, monkeypatch):
+    """Simulated: some network mounts answer flock with ENOLCK. Another error is the user's to mend."""
+    import filelock._unix
+
+    def flock(number: int):
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+
+        return refuse
+
+    monkeypatch.setattr(filelock._unix.fcntl, "flock", flock(errno.ENOLCK))
+    with handover.lock(tmp_path), handover.replacing(tmp_path) as new:
+        (new / "file").write_text("content")
+    assert (tmp_path / "file").read_text() == "content"
+    monkeypatch.setattr(filelock._unix.fcntl, "flock", flock(errno.EIO))
+    with pytest.raises(SystemExit) as end, handover.lock(tmp_path):
+        pass
+    assert end.value.code == 2
+
+
+def test_of_several_processes_the_first_one_prepares_the_data(tmp_path, tiny):
+    write_rows(tmp_path / "rows.jsonl", tail(30))
+    flags = ("--dataset_name", "rows.jsonl", "--model_name", tiny, "--eval_fraction", "0.2")
+    assert ok(run(STEP, *flags, cwd=tmp_path, env={**os.environ, "RANK": "1"})) == ""
+    assert not (tmp_path / "data").exists()
 
 
 def test_only_one_run_writes_at_a_time(prepare, capsys):

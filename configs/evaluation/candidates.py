@@ -94,7 +94,7 @@ def find_candidates(settings) -> tuple[list[Candidate], list[Note]]:
 def problem_of(log: object, method: str, output: Path, final: Path, settings) -> str:
     """Why a trained model cannot be compared, with the command that mends it; "" where it can."""
     again = command(TRAINED[method][0])
-    if gaps := lacking(log):
+    if gaps := lacking(log, method):
         return f"{output}/training_log.json is not complete ({gaps[0]}); train again: {again}"
     if hub.model_path(log["model_name"]) != hub.model_path(settings.MODEL_NAME):
         return (
@@ -109,7 +109,7 @@ def problem_of(log: object, method: str, output: Path, final: Path, settings) ->
     return ""
 
 
-def lacking(log: object) -> list[str]:
+def lacking(log: object, method: str) -> list[str]:
     """What a training log must have for the comparison, and has not."""
     number, settings = (int, float), ("SEED", "NUM_EPOCHS", "MAX_STEPS", "MAX_LENGTH", "MAX_TRAIN_SAMPLES")
     needs = {"model_name": str, "history": list, "parameters.trainable": int, "environment.processes": int}
@@ -119,7 +119,7 @@ def lacking(log: object) -> list[str]:
     needs |= {f"settings.{key}": (*number, type(None)) for key in settings}
     cost = ("train_runtime_s", "tokens", "tokens_per_second", "peak_memory_bytes")
     needs |= {f"summary.{key}": (*number, type(None)) for key in cost}
-    if isinstance(log, dict) and log.get("method") == "lora":
+    if method == "lora":
         needs["settings.USE_4BIT"] = bool
     gaps = []
     for path, kind in needs.items():
@@ -217,9 +217,9 @@ def unsound(candidates: list[Candidate], manifest: dict) -> list[Note]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The test split: rows that are scored, and those of them whose prompts are answered.
+    """The test split: rows that are scored, and prompts that are answered. MAX_EVAL_SAMPLES cuts the rows only.
 
-    rows: {id, prompt, completion, group}; prompts: {id, prompt, reference}. embed: texts -> unit vectors, or None.
+    rows: {id, prompt, completion, group}; prompts: {id, prompt, reference, group}; embed: texts -> unit vectors.
     """
 
     rows: list[dict]
@@ -233,9 +233,8 @@ class HeldOut:
 
     @cached_property
     def prompt_groups(self) -> list[str]:
-        """The group of each prompt."""
-        of_row = {row["id"]: group for row, group in zip(self.rows, self.groups, strict=True)}
-        return [of_row.get(p["id"]) or json.dumps(p["prompt"]).lower() for p in self.prompts]
+        """The group of each prompt, also of one whose row MAX_EVAL_SAMPLES has cut away."""
+        return [p.get("group") or json.dumps(p["prompt"]).lower() for p in self.prompts]
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -277,6 +276,7 @@ def load_held_out(settings, manifest: dict) -> HeldOut:
             fail(f"{path}: prompt {p['id']} is not that of the test split; {mend}")
     if len({p["id"] for p in prompts}) < len(prompts):
         fail(f"{path} holds a prompt twice; {mend}")
+    prompts = [p | {"group": by_id[p["id"]].get("group")} for p in prompts]
     held_out = HeldOut(rows[: settings.MAX_EVAL_SAMPLES], prompts)
     if len(set(held_out.groups)) < 2:
         fail(

@@ -36,7 +36,7 @@ def sentence(note: Note, words: dict[str, str]) -> str:
 def verdict(results: dict, pairs: list[tuple[str, str]], words: dict) -> str:
     """One sentence from the statistics of these pairs; never "better" where the interval covers zero."""
     if results.get("unsound"):
-        reasons = "; ".join(sentence(note, words).rstrip(".。") for note in results["unsound"])
+        reasons = words["and"].join(sentence(note, words) for note in results["unsound"])
         return words["verdict_withheld"].format(reasons=reasons)
     parts = []
     for c in results["comparisons"]:
@@ -212,7 +212,7 @@ def as_text(table: Table, width: int | None = None) -> str:
 def model_card_scores(results: dict, name: str) -> str:
     """What the card of the model `name` says of its test scores, in Markdown. results: with `verdict` in English."""
     base, own, data = results["models"]["base"], results["models"][name], results["data"]
-    lines = [f"On the {data['test_rows']} rows of the test split, and {data['test_prompts']} of their prompts:", ""]
+    lines = [f"On {data['test_rows']} rows and {data['test_prompts']} prompts of the test split:", ""]
     lines += ["| | base | this model |", "|---|---|---|"]
     for key, label, form in (
         ("perplexity", "perplexity of the reference answers (lower is better)", ".2f"),
@@ -246,7 +246,8 @@ def summary_table(results: dict, words: dict) -> str:
     grid.add_column("")
     for name in models:
         grid.add_column(words[name], justify="right", no_wrap=True)
-    helpful = words["helpfulness_proxy"] if results["judge"] is None else words["helpfulness_judge"]
+    is_judged = results["judge"] and not results["judge"]["withheld"]
+    helpful = words["helpfulness_judge"] if is_judged else words["helpfulness_proxy"]
     lines = [("perplexity", "perplexity", ".2f"), ("bits_per_byte", "bits_per_byte", ".3f")]
     lines += [("answer_quality", "answer_quality", ".3f"), ("style_match", "style_match", ".3f")]
     if "embedding_similarity" in models["base"]:

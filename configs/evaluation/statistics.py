@@ -21,7 +21,7 @@ def resample(groups: list, resamples: int, seed: int) -> tuple[np.ndarray, Itera
     random = np.random.default_rng(seed)
     drawn = (
         random.multinomial(n, np.full(n, 1 / n), min(1000, resamples - start))
-        for start in range(0, resamples, 1000)  # in portions, so that memory does not grow with the test part
+        for start in range(0, resamples, 1000)  # in portions, so that memory does not grow with the test split
     )
     return place, drawn, (float(tail), float(100 - tail))
 

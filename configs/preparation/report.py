@@ -47,7 +47,7 @@ def write_report(
     lines += [
         f"{n['read']:,} rows read as {manifest['schema']['name']}, {n['kept']:,} kept: {n['train']:,} to train on, "
         f"{n['validation']:,} to validate and {n['test']:,} to test.",
-        f"Prompts that are equal or nearly equal stay on one side: {groups['groups']:,} groups, the largest of "
+        f"Equal prompts and near-duplicates stay on one side: {groups['groups']:,} groups, the largest of "
         f"{groups['largest']:,} rows; {groups['same_prompt']:,} rows share their prompt with another row.",
         "",
         "## Lengths",

@@ -288,6 +288,9 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
             f"--gradient_accumulation_steps {trainer.args.gradient_accumulation_steps * 2}; or use shorter rows "
             "(MAX_LENGTH), or LoRA with USE_4BIT"
         )
+    # no step is left to finish: a signal now ends the program, and the next run goes on from the last checkpoint
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if log.signal is not None:
         log.write(trainer.state, "interrupted")
         saved = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
