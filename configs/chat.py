@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import jinja2
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs import hub
 from configs.settings import ROOT, fail
@@ -158,13 +158,13 @@ class Ruler:
         return tokens if tokens > self.max_length else None
 
 
-def positions(model: PreTrainedModel) -> int:
-    """How many tokens the model can see at once, as its configuration says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+def positions(config: PretrainedConfig) -> int:
+    """How many tokens a model can see at once, as its configuration says; 10**9 where it says nothing."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 def check_lengths(model: PreTrainedModel, prompts: list[list[int]], where: str, mend: str) -> None:
     """Refuse prompts that leave no position for an answer."""
-    most, longest = positions(model), max(map(len, prompts))
+    most, longest = positions(model.config), max(map(len, prompts))
     if longest >= most:
         fail(f"{where} holds a prompt of {longest} tokens, and the model has {most} positions; mend it: {mend}")

@@ -38,7 +38,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def looks_like_path(name: str) -> bool:
-    """True for a name that can only be meant as a place on this machine, whether or not something is " "there."""
+    """True for a name that can only be meant as a place on this machine, whether or not it exists."""
     begins = name.startswith((".", "/", "~", "outputs/", "data/", "configs/"))
     ends = name.endswith((".json", ".jsonl", ".csv", ".parquet", ".txt"))
     return begins or ends or "\\" in name or name.count("/") > 1

@@ -307,7 +307,7 @@ def answer(
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=min(limit, chat.positions(model) - width),
+            max_new_tokens=min(limit, chat.positions(model.config) - width),
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
             **how,

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
 
-from configs import device, handover
+from configs import chat, device, handover
 from configs.settings import fail, main_process, say
 from configs.training.memory import Plan
 from configs.training.trainer import ExactTrainer, LengthGroupedSampler
@@ -193,7 +193,7 @@ class RunLog(TrainerCallback, ExportableState):
         if args.world_size > 1 or not self.prompts or getattr(self.board, "tb_writer", None) is None:
             return
         text = []
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        positions = chat.positions(model.config)
         for prompt, answer in self.prompts:
             if len(prompt) + 48 > positions:
                 continue

@@ -223,8 +223,8 @@ def model_config(name: str, revision: str | None, max_length: int):
     """The model's configuration, read before its weights; exit code 2 where MAX_LENGTH exceeds its positions."""
     with hub.hub_errors("model", name, "MODEL_NAME", revision):
         config = AutoConfig.from_pretrained(hub.model_path(name), revision=revision)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and max_length > positions:
+    positions = chat.positions(config)
+    if max_length > positions:
         fail(f"MAX_LENGTH is {max_length}, but {name} has only {positions} positions: --max_length {positions}")
     return config
 
