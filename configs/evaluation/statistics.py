@@ -15,8 +15,10 @@ def resample(groups: list, resamples: int, seed: int) -> tuple[np.ndarray, Itera
     The bootstrap's spread is too small by sqrt((n - 1) / n) and has no Student's tails: wider percentiles make up for
     both (Hesterberg 2015, "expanded percentile").
     """
+    # a group is drawn with all its rows: near-duplicates are no independent observations
     index = {group: n for n, group in enumerate(dict.fromkeys(groups))}
     place, n = np.array([index[group] for group in groups]), len(index)
+    # t's quantile, widened for the bootstrap's divisor n, as the normal tail that percentiles would cut
     tail = 100 * stats.norm.sf(stats.t.ppf(0.975, max(n - 1, 1)) * math.sqrt(n / max(n - 1, 1)))
     random = np.random.default_rng(seed)
     drawn = (
@@ -43,19 +45,23 @@ def compare(
     """
     place, drawn, _ = resample(groups, resamples, seed)
     n = int(place.max()) + 1
+    # from here on a group is one observation: the sum of its differences, and of its weights
     d, w = np.bincount(place, a - b, n), np.bincount(place, weight, n).astype(float)
     if n < 2 or not np.isfinite(d).all() or not w.sum() > 0:
         raise ValueError(f"cannot compare {n} groups with differences that sum to {d.sum()}")
     observed, fewer = d.sum() / w.sum(), n / (n - 1)
+    # the standard error of a ratio of sums, linearised (delta method)
     error = math.sqrt(fewer * np.square(d - observed * w).sum()) / w.sum()
     error = 0.0 if error <= 1e-12 * abs(observed) else error  # rounding of what is constant
     beyond = stats.norm.ppf(0.8) + stats.t.ppf(1 - 0.025 / pairs, n - 1)
+    # under 10 groups a bootstrap has too few different samples, and without a spread it has none
     if n < 10 or not error:
         reach = stats.t.ppf(0.975, n - 1) * error
         low, high = observed - reach, observed + reach
         p = float(2 * stats.t.sf(abs(observed) / error, n - 1)) if error else float(not observed)
     else:
         e, sampled = d - observed * w, []  # centred: less is lost when squares are subtracted
+        # each sample's own t: its distance from the observed difference, in its own standard errors
         for times in drawn:
             total, squares = times @ w, times @ np.square(e)
             off = (times @ e) / total  # the sample's difference less the observed one
@@ -64,8 +70,10 @@ def compare(
             sampled.append(off / (np.sqrt(fewer * spread) / total))
         t = np.concatenate(sampled)
         t = t[np.isfinite(t)]
+        # the ends swap: where samples run too high, the truth lies lower
         upper, lower = np.percentile(t, [97.5, 2.5])
         low, high = observed - upper * error, observed - lower * error
+        # how many samples lie as far out as zero does; + 1 counts the observed one among them
         beside = min((t >= observed / error).sum(), (t <= observed / error).sum())
         p = min(1.0, 2 * (beside + 1) / (len(t) + 1))
     return {
@@ -81,6 +89,7 @@ def compare(
 def sign_flip_p(difference: np.ndarray, resamples: int, seed: int) -> float:
     """p-value of a sign-flip permutation test (Fisher 1935) of differences per group, shape (groups,)."""
     random, as_large, n = np.random.default_rng([seed, 1]), 0, len(difference)
+    # without a difference between the models, each group's sign is a coin
     for start in range(0, resamples, 1000):
         signs = random.integers(0, 2, (min(1000, resamples - start), n)) * 2 - 1
         as_large += (np.abs(signs @ difference) >= abs(difference.sum()) * (1 - 1e-12)).sum()
@@ -118,6 +127,7 @@ def win_rate(
     """
     place, drawn, percentiles = resample(groups, resamples, seed)
     n = int(place.max()) + 1
+    # without wins, losses, longer and shorter answers, the data cannot tell length from quality
     equal = not lengths.any()
     told = min(outcomes.sum(), (1 - outcomes).sum()) >= 5 and lengths.min() < 0 < lengths.max()
     x = np.tanh(lengths / lengths.std()) if told else np.zeros(len(lengths))
@@ -158,10 +168,12 @@ def rate_at_equal_length(x: np.ndarray, outcomes: np.ndarray, weight: np.ndarray
     a, b, ridge = np.zeros(len(weight)), np.zeros(len(weight)), 0.1
     for _ in range(30):
         p = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * x)))
+        # gradient and curvature of the log-likelihood, the ridge included
         miss, curve = weight * (outcomes - p), weight * p * (1 - p)
         ga, gb = miss.sum(1) - ridge / 100 * a, miss @ x - ridge * b
         aa, ab, bb = curve.sum(1) + ridge / 100, curve @ x, curve @ (x * x) + ridge
         det = aa * bb - ab * ab
+        # a Newton step, cut to 2 so that the first ones cannot run away
         step = np.clip([(bb * ga - ab * gb) / det, (aa * gb - ab * ga) / det], -2, 2)
         a, b = a + step[0], b + step[1]
         if np.abs(step).max() < 1e-6:

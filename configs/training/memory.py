@@ -211,6 +211,7 @@ def parts(sizes: Sizes, settings, dtype: torch.dtype, checkpointing: bool, optim
         activations = batch * (sizes.layers * stream + 2 * sizes.layer + sizes.fixed)
     else:  # what autograd keeps of every layer, and of one more while it is computed
         activations = batch * ((sizes.layers + 1) * sizes.layer + sizes.fixed)
+    # positions of a forward pass, padding included
     rows = batch * sizes.length
     # TRL's head works in tiles; it keeps the gradient of its input, and of its weight where that is trained, in fp32
     logits = min(rows, 4096) * min(sizes.vocabulary, 32768) * width + rows * sizes.hidden * 4
@@ -339,6 +340,7 @@ def ways_out(
 
     if settings.GRADIENT_CHECKPOINTING is False or settings.OPTIM != "auto":
         offer("both left to the plan: --gradient_checkpointing auto --optim auto", least(sizes, settings, True))
+    # the same run as LoRA over 4 bits, whatever it is now
     as_lora = SimpleNamespace(**{**vars(settings), "LORA_R": 16, "USE_4BIT": True, "USE_DEEPSPEED": False})
     if not lora:
         small = Sizes(config, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"), dtype, length)
@@ -353,6 +355,7 @@ def ways_out(
         )
     elif not settings.USE_4BIT:
         offer("4 bits: --use_4bit true", least(sizes, as_lora, True))
+    # activations grow with the row, so shorter ones help where weights leave some room
     for shorter in (512, 256, 128):
         if shorter < length:
             needed = least(Sizes(config, adapter, dtype, shorter), settings)
