@@ -9,7 +9,7 @@ Writes: data/train, data/eval (validation and test split), data/test_prompts.jso
     python 1_prepare_dataset.py
     python 1_prepare_dataset.py --dataset_name my_rows.jsonl --column_map instruction=task,output=result
 
-Takes about a minute for the 69,000 rows of the default data set, plus its download.
+Takes 6 s for the demo's 1,245 rows on two CPU cores; a data set on the Hub must be downloaded first.
 """
 
 import collections

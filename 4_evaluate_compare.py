@@ -8,7 +8,7 @@ Writes: outputs/evaluation_results.json, evaluation_examples.jsonl, evaluation_r
     python 4_evaluate_compare.py
     python 4_evaluate_compare.py --prompt "What is an ETF?"
 
-Takes about half a minute on a laptop with --preset demo. A model that was not trained is named and left out.
+Takes about 20 s on a laptop with --preset demo. A model that was not trained is named and left out.
 """
 
 import inspect
