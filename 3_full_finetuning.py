@@ -38,9 +38,10 @@ DEEPSPEED_CONFIG = "configs/ds_config.json"  # ZeRO-2; the ZeRO-3 and offload va
 LEARNING_RATE: Annotated[float, "x > 0"] = 5e-5  # peak learning rate; LoRA's is about ten times full fine-tuning's
 NUM_EPOCHS: Annotated[float, "x > 0"] = 3.0  # passes over the training rows
 MAX_STEPS: Annotated[int | None, "x >= 1"] = None  # stop after this many optimizer steps; none: run NUM_EPOCHS
-# 2 x 8 rows a step, the 16 of 2_lora_finetuning.py: both methods take the same steps over the same data.
-BATCH_SIZE: Annotated[int, "x >= 1"] = 2  # rows per device in one forward pass
-GRADIENT_ACCUMULATION_STEPS: Annotated[int, "x >= 1"] = 8  # forward passes per optimizer step
+# 2 x 8 rows a step, the 16 of 2_lora_finetuning.py: both methods take the same steps over the same rows. How many of
+# them a forward pass holds is the memory plan's choice, which changes no sum.
+BATCH_SIZE: Annotated[int, "x >= 1"] = 2  # times GRADIENT_ACCUMULATION_STEPS: rows an optimizer step, over all devices
+GRADIENT_ACCUMULATION_STEPS: Annotated[int, "x >= 1"] = 8  # times BATCH_SIZE: rows an optimizer step
 WARMUP_RATIO: Annotated[float, "0 <= x < 1"] = 0.03  # share of all steps in which the learning rate rises to its peak
 # The library's other schedules need arguments of their own.
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
@@ -59,15 +60,15 @@ EightBit = Literal["adamw_torch_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "li
 Other = Literal["lion_32bit", "paged_lion_32bit", "adafactor", "sgd", "adagrad", "rmsprop"]
 Optimizer = Literal["auto"] | AdamW | EightBit | Other
 OPTIM: Optimizer = "auto"  # optimizer, by its name in transformers; auto: as the memory plan says
-GRADIENT_CHECKPOINTING: bool | Literal["auto"] = "auto"  # recompute activations: less memory, a third slower
-PACKING: bool | Literal["auto"] = "auto"  # put several rows in one sequence, where attention keeps them apart
+GRADIENT_CHECKPOINTING: bool | Literal["auto"] = "auto"  # recompute activations: less memory, slower
+PACKING: bool | Literal["auto"] = "auto"  # rows one after another, not padded, where attention keeps them apart
 PLAN_ONLY = False  # print the memory plan and stop
 DEVICE_MEMORY_GB: Annotated[float | None, "x > 0"] = None  # plan for this much free GPU memory; none: measure it
 
 # --- logging and checkpoints
 LOGGING_STEPS: Annotated[int, "x >= 1"] = 10  # optimizer steps between two records of the loss
-EVAL_STEPS: Annotated[float, "x > 0"] = 0.1  # between two evaluations; below 1: a share of the run, else steps
-SAVE_STEPS: Annotated[float, "x > 0"] = 0.1  # between two checkpoints; equal to EVAL_STEPS, so that the best is saved
+EVAL_STEPS: Annotated[float, "x > 0"] = 0.25  # between two evaluations; below 1: a share of the run, else steps
+SAVE_STEPS: Annotated[float, "x > 0"] = 0.25  # between two checkpoints; equal to EVAL_STEPS, so that the best is saved
 SAVE_TOTAL_LIMIT: Annotated[int, "x >= 1"] = 2  # checkpoints to keep; the best one always is
 # auto resumes an unfinished run of the same settings and data, and starts afresh otherwise.
 RESUME: bool | Literal["auto"] = "auto"  # true: resume or fail; false: start afresh; auto: resume where it can
@@ -87,12 +88,12 @@ from trl import SFTConfig
 from configs import chat, device, handover
 from configs.training.export import save_final
 from configs.training.memory import Plan, make_plan
-from configs.training.runlog import RunLog, finish, preflight, resume_point, run
-from configs.training.trainer import ExactTrainer, callbacks, deepspeed_file, model_config, pack, problems, token_rows
+from configs.training.runlog import RunLog, clear_unless, finish, meet, preflight, resume_point, run
+from configs.training.trainer import ExactTrainer, callbacks, deepspeed_file, model_config, problems, token_rows
 
 
-def training_arguments(settings, dtype: torch.dtype, plan: Plan) -> SFTConfig:
-    """The Trainer's arguments. settings: the constants above; dtype: what is computed in; plan: what fits."""
+def training_arguments(settings, plan: Plan) -> SFTConfig:
+    """The Trainer's arguments. settings: the constants above; plan: what fits."""
     return SFTConfig(
         output_dir=settings.OUTPUT_DIR,
         max_length=None,  # the rows were measured when they were tokenised
@@ -100,9 +101,8 @@ def training_arguments(settings, dtype: torch.dtype, plan: Plan) -> SFTConfig:
         learning_rate=settings.LEARNING_RATE,
         num_train_epochs=settings.NUM_EPOCHS,
         max_steps=settings.MAX_STEPS or -1,
-        per_device_train_batch_size=plan.batch_size,
-        per_device_eval_batch_size=plan.batch_size * 2,  # no gradients, so twice as many rows take less memory
-        gradient_accumulation_steps=plan.accumulation,
+        per_device_train_batch_size=plan.share,  # a batch is an optimizer step; the trainer cuts it into passes
+        per_device_eval_batch_size=max(plan.share, 32),  # cut into passes, too
         warmup_steps=settings.WARMUP_RATIO,
         lr_scheduler_type=settings.LR_SCHEDULER,
         weight_decay=settings.WEIGHT_DECAY,
@@ -110,9 +110,8 @@ def training_arguments(settings, dtype: torch.dtype, plan: Plan) -> SFTConfig:
         optim=plan.optim,
         optim_args=plan.optim_args,
         gradient_checkpointing=plan.checkpointing,
-        packing=plan.packing,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
+        bf16=plan.dtype == torch.bfloat16,
+        fp16=plan.dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
         seed=settings.SEED,
         logging_steps=settings.LOGGING_STEPS,
@@ -128,6 +127,7 @@ def training_arguments(settings, dtype: torch.dtype, plan: Plan) -> SFTConfig:
         greater_is_better=False,
         restore_callback_states_from_checkpoint=False,  # RunLog reads its own
         report_to=settings.REPORT_TO.replace(" ", "").split(","),
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         deepspeed=deepspeed_file(settings.DEEPSPEED_CONFIG) if settings.USE_DEEPSPEED else None,
     )
@@ -138,7 +138,7 @@ def adapter_config(settings) -> None:
     return None
 
 
-def build_model(settings, dtype: torch.dtype, plan: Plan, target: torch.device) -> PreTrainedModel:
+def build_model(settings, plan: Plan, target: torch.device) -> PreTrainedModel:
     """The model with fp32 masters, or bf16 weights rounded stochastically: plain bf16 loses small updates."""
     with hub.hub_errors("model", settings.MODEL_NAME, "MODEL_NAME", settings.MODEL_REVISION):
         return AutoModelForCausalLM.from_pretrained(
@@ -146,6 +146,7 @@ def build_model(settings, dtype: torch.dtype, plan: Plan, target: torch.device) 
             revision=settings.MODEL_REVISION,
             dtype=torch.bfloat16 if plan.half_weights else torch.float32,
             attn_implementation=plan.attention,
+            device_map=device.placement(target),
         )
 
 
@@ -154,33 +155,33 @@ def main() -> None:
     name, revision, length = settings.MODEL_NAME, settings.MODEL_REVISION, settings.MAX_LENGTH
     if wrong := device.machine_problems() + problems(vars(settings)):
         fail(*wrong)
-    manifest = None if settings.PLAN_ONLY else handover.read_manifest(settings.DATA_DIR)
     config, adapter = model_config(name, revision, length), adapter_config(settings)
-    dtype, why = device.precision(settings.PRECISION, settings.DEVICE_MEMORY_GB)
-    say(f"precision: {dtype} ({why})")
     if settings.PLAN_ONLY:
-        make_plan(settings, config, dtype, length, adapter)
+        make_plan(settings, config, length, adapter)
         return
+    manifest = meet(settings)
 
     with handover.lock(settings.OUTPUT_DIR):
-        # --- data, and what fits
+        # --- where it goes on, the data, and what fits
+        checkpoint, before = resume_point(settings.OUTPUT_DIR, settings.RESUME, vars(settings), manifest)
         tokenizer = chat.load_tokenizer(name, revision, manifest["settings"]["PROMPT_FORMAT"])
         limits = (tokenizer, length, settings.MAX_DROP_FRACTION)
         train_rows = token_rows(settings.DATA_DIR, "train", settings.MAX_TRAIN_SAMPLES, *limits)
         eval_rows = token_rows(settings.DATA_DIR, "validation", settings.MAX_EVAL_SAMPLES, *limits)
-        plan = make_plan(settings, config, dtype, max(train_rows["length"]), adapter)
+        plan = make_plan(settings, config, max(train_rows["length"]), adapter, before)
         preflight(train_rows, eval_rows, tokenizer, settings, plan)
 
         # --- model and trainer
-        checkpoint = resume_point(settings.OUTPUT_DIR, settings.RESUME, vars(settings), manifest["manifest_sha256"])
+        clear_unless(checkpoint, settings.OUTPUT_DIR)
         os.environ["TENSORBOARD_LOGGING_DIR"] = f"{settings.OUTPUT_DIR}/runs"
-        arguments = training_arguments(settings, dtype, plan)  # before the model: ZeRO-3 splits it while it loads
+        arguments = training_arguments(settings, plan)  # before the model: ZeRO-3 splits it while it loads
         counts = {"train_rows": len(train_rows), "eval_rows": len(eval_rows)}
         log = RunLog("full", vars(settings), plan, manifest, counts, checkpoint)
         trainer = ExactTrainer(
-            model=build_model(settings, dtype, plan, arguments.device),
+            model=build_model(settings, plan, arguments.device),
             args=arguments,
-            train_dataset=pack(train_rows, length) if plan.packing else train_rows,
+            plan=plan,
+            train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
             callbacks=callbacks(settings, log),

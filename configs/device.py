@@ -7,12 +7,16 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import TypeVar
 
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
@@ -52,6 +56,48 @@ def machine_problems() -> list[str]:
 def compute_device() -> str | torch.device:
     """Where this process computes: its GPU, or the CPU."""
     return PartialState().device if torch.cuda.is_available() else "cpu"
+
+
+def placement(target: torch.device, always: bool = False) -> dict | None:
+    """`device_map` for loading a model straight to its GPU; None where ZeRO-3 or FSDP splits it, and on the CPU.
+
+    always: on the CPU, too (4-bit layers are made where they will lie).
+    """
+    split = is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return {"": target} if always or (target.type == "cuda" and not split) else None
+
+
+# --- several processes
+
+
+def launched() -> bool:
+    """Whether this process is one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join() -> None:
+    """Meet the other processes, each on its own GPU; a lone process has nothing to do."""
+    if launched():
+        PartialState(cpu=not torch.cuda.is_available())
+
+
+T = TypeVar("T")
+
+
+def decided_once(decide: Callable[[], T]) -> T:
+    """What `decide` returns in the first process, in every process; its SystemExit ends them all. Collective."""
+    if not launched():
+        return decide()
+    outcome: list = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [decide(), None]
+        except SystemExit as ending:
+            outcome = [None, ending.code]
+    value, code = broadcast_object_list(outcome)
+    if code is not None:
+        raise SystemExit(code)
+    return value
 
 
 # --- precision
@@ -139,7 +185,8 @@ def attention(dtype: torch.dtype) -> str:
         AttentionInterface.register("sdpa_fp32", sdpa_fp32)
         AttentionMaskInterface.register("sdpa_fp32", sdpa_mask)
         return "sdpa_fp32"
-    if dtype == torch.bfloat16 and torch.cuda.is_available() and is_flash_attn_2_available():
+    # installed, or as a kernel of the Hub through the package `kernels`
+    if dtype == torch.bfloat16 and torch.cuda.is_available() and is_flash_attn_2_available(kernels_fallback_ok=True):
         return "flash_attention_2"
     return "sdpa"
 
@@ -163,6 +210,19 @@ def device_memory(gigabytes: float | None) -> tuple[int, bool]:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0], True
     return psutil.virtual_memory().available, False
+
+
+def least_memory(gigabytes: float | None) -> int:
+    """Bytes free on the fullest device of all processes. Collective."""
+    free = device_memory(gigabytes)[0]
+    if not launched():
+        return free
+    return min(gather_object([free]))
+
+
+def size(count: int) -> str:
+    """Bytes for people: "1.23 GB", or "45 MB" where gigabytes would be 0.0 something."""
+    return f"{count / GB:,.2f} GB" if count >= GB / 10 else f"{count / 1e6:,.0f} MB"
 
 
 def peak_memory() -> int:

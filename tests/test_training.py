@@ -16,8 +16,8 @@ from datasets import Dataset
 from configs import chat, device, handover
 from configs.settings import read_constants
 from configs.training.memory import Plan, Sizes
-from configs.training.runlog import RunLog, resume_point
-from configs.training.trainer import ExactTrainer, LengthGroupedSampler, token_rows
+from configs.training.runlog import RunLog, clear_unless, resume_point
+from configs.training.trainer import ExactTrainer, token_rows
 from configs.training.trainer import problems as training_problems
 
 # --- the scripts' own functions, in this process
@@ -55,17 +55,17 @@ def arguments(scripts: dict, script: str, folder: Path, tiny: Path, **changed):
             **changed,
         },
     )
-    return c, scripts[script].training_arguments(c, torch.float32, plan_of(c))
+    return c, scripts[script].training_arguments(c, plan_of(c))
 
 
-def plan_of(c: SimpleNamespace) -> Plan:
-    """The plan that takes the constants as they are."""
+def plan_of(c: SimpleNamespace, tokens: int | None = None) -> Plan:
+    """The plan that takes the constants as they are; tokens: of a pass."""
     return Plan(
         checkpointing=c.GRADIENT_CHECKPOINTING is True,
         optim="adamw_torch" if c.OPTIM == "auto" else c.OPTIM,
         half_weights=False,
-        batch_size=c.BATCH_SIZE,
-        accumulation=c.GRADIENT_ACCUMULATION_STEPS,
+        tokens=tokens or c.BATCH_SIZE * c.MAX_LENGTH,
+        rows=c.BATCH_SIZE * c.GRADIENT_ACCUMULATION_STEPS,
         parts={},
         free=0,
         disk=0,
@@ -75,7 +75,7 @@ def plan_of(c: SimpleNamespace) -> Plan:
 
 
 def full_model(scripts: dict, c: SimpleNamespace):
-    return scripts[SCRIPTS[2]].build_model(c, torch.float32, plan_of(c), torch.device("cpu"))
+    return scripts[SCRIPTS[2]].build_model(c, plan_of(c), torch.device("cpu"))
 
 
 def token_row(ids: list[int], masked: int) -> dict:
@@ -125,7 +125,7 @@ def test_eval_loss_is_the_mean_over_tokens(scripts, tokenizer, tiny, uneven, tmp
 
     c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny)
     data = {"train_dataset": uneven, "eval_dataset": uneven, "processing_class": tokenizer}
-    trainer = ExactTrainer(model=full_model(scripts, c), args=args, **data)
+    trainer = ExactTrainer(model=full_model(scripts, c), args=args, plan=plan_of(c), **data)
     sums = row_sums(tiny, uneven)
     expected = over_tokens(sums)
     for size in (1, 3, 8):
@@ -157,9 +157,8 @@ def test_best_checkpoint_is_chosen_over_tokens(scripts, tokenizer, tiny, uneven,
         SAVE_TOTAL_LIMIT=9,
         LR_SCHEDULER="constant",
     )
-    trainer = ExactTrainer(
-        model=full_model(scripts, c), args=args, train_dataset=short, eval_dataset=uneven, processing_class=tokenizer
-    )
+    data = {"train_dataset": short, "eval_dataset": uneven, "processing_class": tokenizer}
+    trainer = ExactTrainer(model=full_model(scripts, c), args=args, plan=plan_of(c), **data)
     trainer.train()
     sums = {step: row_sums(tmp_path / f"checkpoint-{step}", uneven) for step in (1, 2, 3, 4)}
     exact = {step: over_tokens(rows) for step, rows in sums.items()}
@@ -174,97 +173,6 @@ def test_best_checkpoint_is_chosen_over_tokens(scripts, tokenizer, tiny, uneven,
     assert trainer.evaluate()["eval_loss"] == pytest.approx(exact[best], abs=1e-5)
 
 
-# --- the sampler
-
-
-def lengths_of(n: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).lognormal(5, 0.8, n).astype(int).clip(5).tolist()
-
-
-def order(lengths: list[int], group: int = 16, seed: int = 42, epoch: int = 0) -> list[int]:
-    return list(LengthGroupedSampler(lengths, group, seed, lambda: epoch))
-
-
-def padding(lengths: list[int], rows: list[int], size: int = 4) -> int:
-    """Tokens of padding when `rows` are batched in this order."""
-    batches = [[lengths[i] for i in rows[k : k + size]] for k in range(0, len(rows), size)]
-    return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
-
-
-# 805 and 1616: the last pool of 50 steps holds less than one group, and exactly one
-@pytest.mark.parametrize("n", [0, 1, 5, 15, 16, 17, 100, 799, 800, 805, 817, 1616, 2000])
-def test_sampler_is_a_permutation_in_whole_groups(n):
-    lengths = lengths_of(n)
-    rows = order(lengths)
-    assert sorted(rows) == list(range(n))
-    assert len(LengthGroupedSampler(lengths, 16, 42, lambda: 0)) == n
-    # Within a group the longest row comes first. So a group that straddled two steps, because a short one stands in
-    # front of it, would show here.
-    for start in range(0, n, 16):
-        group = [lengths[i] for i in rows[start : start + 16]]
-        assert group == sorted(group, reverse=True), start
-
-
-@pytest.mark.parametrize("n", [16, 17, 100, 805, 817, 2000])
-def test_sampler_begins_with_the_longest_row(n):
-    """A run that does not fit the memory must fail in its first step, wherever the longest row stands."""
-    for place in {0, n // 2, n - 1}:
-        lengths = lengths_of(n)
-        lengths[place] = 100_000
-        for epoch in range(8):
-            assert order(lengths, epoch=epoch)[0] == place, (place, epoch)
-
-
-def test_sampler_depends_on_seed_and_epoch_alone():
-    lengths = lengths_of(2000)
-    first = order(lengths)
-    np.random.seed(1)
-    torch.manual_seed(1)
-    random.seed(1)
-    states = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), random.getstate()
-    assert order(lengths) == first
-    # nor does it take from the generators that dropout draws from
-    after = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), random.getstate()
-    assert after == states
-    different = [first, order(lengths, epoch=1), order(lengths, epoch=2), order(lengths, seed=43)]
-    assert len({tuple(rows) for rows in different}) == 4
-    # not merely the same groups in another order
-    groups = [{frozenset(rows[i : i + 16]) for i in range(0, 2000, 16)} for rows in different]
-    assert all(len(groups[0] & other) < 10 for other in groups[1:])
-
-
-def test_sampler_asks_for_the_epoch_anew_each_time():
-    epoch, lengths = [0], lengths_of(100)
-    sampler = LengthGroupedSampler(lengths, 16, 42, lambda: epoch[0])
-    first = list(sampler)
-    epoch[0] = 1
-    assert list(sampler) == order(lengths, epoch=1) != first
-
-
-def test_sampler_groups_rows_of_similar_lengths():
-    lengths = lengths_of(2000)
-    at_random = np.random.default_rng(7).permutation(2000).tolist()
-    assert padding(lengths, order(lengths)) < 0.1 * padding(lengths, at_random)
-    assert padding(lengths, order(lengths), 16) < 0.3 * padding(lengths, at_random, 16)
-    # yet the groups themselves come in a random order: no curriculum from long to short
-    means = [np.mean([lengths[i] for i in order(lengths)[k : k + 16]]) for k in range(0, 2000, 16)]
-    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3
-
-
-def test_trainer_samples_by_effective_batch_and_its_own_epoch(scripts, tokenizer, tiny, uneven, tmp_path):
-    c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny, GRADIENT_ACCUMULATION_STEPS=3, SEED=5)
-    trainer = ExactTrainer(
-        model=full_model(scripts, c), args=args, train_dataset=uneven, eval_dataset=uneven, processing_class=tokenizer
-    )
-    for epoch in (0, 1, 1.5):
-        trainer.state.epoch = epoch
-        expected = order(uneven["length"], 6, 5, int(epoch))
-        batches = [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
-        seen = [row for batch in batches for row in batch]
-        padded = [ids[: uneven[i]["length"]] == uneven[i]["input_ids"] for ids, i in zip(seen, expected, strict=True)]
-        assert all(padded), epoch
-
-
 # --- QLoRA
 
 
@@ -272,8 +180,9 @@ def qlora(scripts: dict, tokenizer, tiny: Path, rows: Dataset, folder: Path, tra
     """A trainer of script 2 over the tiny model in 4 bits, by bitsandbytes on the CPU."""
     script = scripts[SCRIPTS[1]]
     c, args = arguments(scripts, SCRIPTS[1], folder, tiny, **changed)
-    model, adapter = script.build_model(c, torch.float32, plan_of(c), args.device), script.adapter_config(c)
+    model, adapter = script.build_model(c, plan_of(c), args.device), script.adapter_config(c)
     data = {"train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
+    data |= {"plan": plan_of(c)} if trainer_class is ExactTrainer else {}
     return trainer_class(model=model, args=args, peft_config=adapter, **data)
 
 
@@ -390,9 +299,8 @@ def test_labels_are_masked_by_position(tokenizer, prepared):
 def test_end_token_is_trained_although_it_pads(scripts, tokenizer, tiny, prepared, tmp_path):
     rows = rows_for(tokenizer, prepared, limit=8)
     c, args = arguments(scripts, SCRIPTS[2], tmp_path, tiny)
-    trainer = ExactTrainer(
-        model=full_model(scripts, c), args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
-    )
+    data = {"train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
+    trainer = ExactTrainer(model=full_model(scripts, c), args=args, plan=plan_of(c), **data)
     batch = trainer.data_collator([rows[i] for i in range(8)])
     assert batch["input_ids"].shape[1] == max(rows["length"]) > min(rows["length"])
     for i, row in enumerate(rows):
@@ -591,13 +499,19 @@ def unfinished(tmp_path) -> Path:
     return tmp_path
 
 
+PLANNED = {"tokens_per_pass": 512, "optim": "adamw_torch_fused"}
+
+
 def write_log(folder: Path, status: str = "running", manifest: str = "abc", **settings) -> None:
-    log = {"settings": {**SETTINGS, **settings}, "data": {"manifest_sha256": manifest}}
+    log = {"settings": {**SETTINGS, **settings}, "data": {"manifest_sha256": manifest}, "plan": PLANNED}
     handover.write_json(folder / "training_log.json", {**log, "summary": {"status": status}})
 
 
 def point(folder: Path, resume: bool | str = "auto", **settings) -> str | None:
-    return resume_point(str(folder), resume, {**SETTINGS, **settings}, "abc")
+    checkpoint, plan = resume_point(str(folder), resume, {**SETTINGS, **settings}, {"manifest_sha256": "abc"})
+    assert plan == (PLANNED if checkpoint else None)
+    clear_unless(checkpoint, str(folder))
+    return checkpoint
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])

@@ -1,26 +1,31 @@
 """A run from its start to its end: where it goes on, training_log.json, how it is interrupted, its curves."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
 
 from configs import chat, device, handover
-from configs.settings import fail, main_process, say
-from configs.training.memory import Plan
-from configs.training.trainer import ExactTrainer, LengthGroupedSampler
+from configs.device import GB
+from configs.settings import command, fail, main_process, say
+from configs.training.memory import Plan, processes
+from configs.training.trainer import ExactTrainer, StepSampler, cut
 
 # --- before it starts
 
@@ -34,12 +39,19 @@ def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Pla
     first = next(n for n, label in enumerate(row["labels"]) if label != -100)
     before, after = tokenizer.decode(row["input_ids"][:first]), tokenizer.decode(row["input_ids"][first:])
     say(f"a row as the model sees it, trained between the brackets:\n{before}⟦{after}⟧\n")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    step = plan.batch_size * plan.accumulation * processes
+    step, devices = plan.rows, processes()
+    asked = f"one optimizer step takes {settings.BATCH_SIZE} x {settings.GRADIENT_ACCUMULATION_STEPS} = {step} rows"
     if step > len(rows):
         fail(
-            f"one optimizer step takes {plan.batch_size} x {plan.accumulation} x {processes} = {step} rows, and there "
-            f"are {len(rows)}; take fewer: --batch_size 1 --gradient_accumulation_steps {max(len(rows) // 4, 1)}"
+            f"{asked}, and there are {len(rows)}; take fewer: "
+            f"--batch_size 1 --gradient_accumulation_steps {max(len(rows) // 4, 1)}"
+        )
+    if step % devices:
+        fits = ", ".join(str(n) for n in range(1, step + 1) if step % n == 0)
+        more = next(n for n in itertools.count(step // settings.BATCH_SIZE) if n * settings.BATCH_SIZE % devices == 0)
+        fail(
+            f"{asked}, which {devices} processes cannot share out evenly; start {fits} processes, or more rows in "
+            f"both trainings: --batch_size {settings.BATCH_SIZE} --gradient_accumulation_steps {more}"
         )
     steps = settings.MAX_STEPS or math.ceil(math.ceil(len(rows) / step) * settings.NUM_EPOCHS)
     warmup = math.ceil(steps * settings.WARMUP_RATIO)
@@ -49,51 +61,106 @@ def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Pla
             "them warm-up: the learning rate would never be reached; train longer, or --warmup_ratio 0"
         )
     lengths, trained = np.array(rows["length"]), sum(rows["trained"])
-    order = np.array(list(LengthGroupedSampler(lengths, step, settings.SEED, lambda: 0)))
-    padded = sum(
-        len(part) * part.max()
-        for part in (lengths[order[i : i + plan.batch_size]] for i in range(0, len(order), plan.batch_size))
-    )
+    sampler = StepSampler(lengths, step, settings.SEED)
+    passes = [lengths[numbers][part] for numbers in sampler.steps() for part in cut(lengths[numbers], plan.tokens)]
+    padding = 0 if plan.packing else 1 - lengths.sum() / sum(len(part) * part.max() for part in passes)
     say(
-        f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, {1 - lengths.sum() / padded:.1%} "
-        f"padding; {len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} of them warm-up"
+        f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, {padding:.1%} padding; "
+        f"{len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} of them warm-up"
     )
 
 
-def resume_point(output_dir: str, resume: bool | str, settings: dict, manifest_sha256: str) -> str | None:
-    """The checkpoint to go on from, or None for a fresh start (which removes what an older run left behind).
+def meet(settings) -> dict:
+    """The manifest of the data, after all processes have met and seen the same data and the same OUTPUT_DIR.
+
+    Raises: SystemExit(2) in all of them where one has no data or others, or another OUTPUT_DIR (machines that share no
+    folder), with the ways out.
+    """
+    device.join()
+    manifest, code = None, None
+    try:
+        manifest = handover.read_manifest(settings.DATA_DIR)
+    except SystemExit as ending:
+        code = ending.code
+    if not device.launched():
+        if code is not None:
+            raise SystemExit(code)
+        return manifest
+    output = Path(settings.OUTPUT_DIR)
+    token = device.decided_once(lambda: _leave_token(output))
+    machine = os.environ.get("GROUP_RANK", "0")
+    mine = (machine, code, manifest and manifest["manifest_sha256"], (output / token).exists())
+    found = gather_object([mine])  # no process is beyond this line before all have looked
+    if main_process():
+        (output / token).unlink(missing_ok=True)
+    if any(code is not None for _, code, _, _ in found):
+        raise SystemExit(2)
+    if lacking := sorted({machine for machine, _, _, seen in found if not seen}):
+        problem = (
+            f"machine {', '.join(lacking)} does not see the OUTPUT_DIR of machine 0, {output.resolve()}; put it on a "
+            "file system that all machines share: --output_dir /shared/PATH, or train on one machine"
+        )
+        _fail_once(problem)
+    if len({sha for _, _, sha, _ in found}) > 1:
+        _fail_once(
+            f"{settings.DATA_DIR} differs between the machines (manifest_sha256); copy it from machine 0, or put it "
+            "on a file system that all share: --data_dir /shared/PATH"
+        )
+    return manifest
+
+
+def _leave_token(output: Path) -> str:
+    name = f".met-{secrets.token_hex(8)}"
+    handover.write_text(output / name, "")
+    return name
+
+
+def _fail_once(problem: str) -> None:
+    if main_process():
+        fail(problem)
+    raise SystemExit(2)
+
+
+def resume_point(
+    output_dir: str, resume: bool | str, settings: dict, manifest: dict
+) -> tuple[str, dict] | tuple[None, None]:
+    """(the checkpoint to go on from, the plan that it was trained with), or (None, None) for a fresh start.
 
     resume: True goes on or ends with exit code 2; False starts afresh; "auto" goes on where an unfinished run with the
     same settings and data lies. A checkpoint that was cut off while it was written is not used.
     """
     folder = Path(output_dir)
-    complete, broken = [], []
+    complete = []
     for path in folder.glob("checkpoint-*"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             # the Trainer writes this file last
             complete.append((json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path))
-            continue
-        broken.append(path)
     last = max(complete)[1] if complete else None
 
     log, why = {}, "there is no checkpoint"
     with contextlib.suppress(OSError, ValueError):
         log = json.loads((folder / "training_log.json").read_text("utf-8"))
     if last:
-        why = handover.other_run(log, settings, manifest_sha256)
+        why = handover.other_run(log, settings, manifest["manifest_sha256"])
         if not why and log["summary"]["status"] == "done" and resume != True:  # noqa: E712 ("auto" is not True)
             why = "it is finished"
+        if not why and "tokens_per_pass" not in log.get("plan", {}):
+            why = "an older version of this script trained it"
     if resume is True and why:
         fail(f"RESUME is true, but {output_dir} cannot be continued: {why}; start afresh with: --resume false")
     if resume is not False and not why:
         say(f"resuming from {last}")
-        return str(last)
-    if main_process():
-        if last and resume is not False:
-            say(f"starting afresh; the older run in {output_dir} is not continued: {why}")
-        for path in [p for _, p in complete] + broken + [folder / "runs"]:
+        return str(last), log["plan"]
+    if last and resume is not False:
+        say(f"starting afresh; the older run in {output_dir} is not continued: {why}")
+    return None, None
+
+
+def clear_unless(checkpoint: str | None, output_dir: str) -> None:
+    """Before a fresh start, when all else is settled: remove the checkpoints and events of the run before."""
+    if checkpoint is None and main_process():
+        for path in [*Path(output_dir).glob("checkpoint-*"), Path(output_dir) / "runs"]:
             shutil.rmtree(path, ignore_errors=True)
-    return None
 
 
 # --- while it runs
@@ -121,22 +188,32 @@ class RunLog(TrainerCallback, ExportableState):
         }
         self.manifest, self.resumed_from = manifest, resumed_from
         self.model_parameters = plan.parameters
-        self.seconds, self.peak, self.began = 0.0, 0, None
+        self.seconds, self.pauses, self.peak, self.began = 0.0, 0.0, 0, None
+        self.pause: Callable[[], float] = lambda: 0.0  # seconds of this run that were not training
+        self.written = (0.0, 0.0)  # when the log was last written, and how long that took
         self.signal: int | None = None
         self.prompts: list[tuple[list[int], list[int]]] = []  # (prompt, answer) whose answers TensorBoard shows
 
     def state(self) -> dict:
         """What a checkpoint keeps of this callback (transformers' ExportableState)."""
-        return {"args": {}, "attributes": {"seconds": self.elapsed(), "peak": max(self.peak, device.peak_memory())}}
+        peak = max(self.peak, device.peak_memory())
+        return {"args": {}, "attributes": {"seconds": self.elapsed(), "pauses": self.paused(), "peak": peak}}
 
     def elapsed(self) -> float:
-        return self.seconds + (time.monotonic() - self.began if self.began is not None else 0.0)
+        """Seconds of training alone, over all resumes."""
+        began = time.monotonic() if self.began is None else self.began
+        return self.seconds + time.monotonic() - began - self.pause()
+
+    def paused(self) -> float:
+        """Seconds of evaluation, saving and sample answers, over all resumes."""
+        return self.pauses + self.pause()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.resumed_from:
             saved = state.stateful_callbacks.get("RunLog", {})
             saved = saved[-1] if isinstance(saved, list) else saved
-            self.seconds, self.peak = saved["attributes"]["seconds"], saved["attributes"]["peak"]
+            kept = saved["attributes"]
+            self.seconds, self.pauses, self.peak = kept["seconds"], kept["pauses"], kept["peak"]
         self.began = time.monotonic()
         trainable = get_model_param_count(model, trainable_only=True)
         total = self.model_parameters + (trainable if hasattr(model, "peft_config") else 0)
@@ -216,6 +293,9 @@ class RunLog(TrainerCallback, ExportableState):
         """Replace training_log.json by the state of this moment (main process only)."""
         if not state.is_world_process_zero:
             return
+        began, (then, took) = time.monotonic(), self.written
+        if status == "running" and took > 0.01 * (began - then):  # a long history is not rewritten all the time
+            return
         history = [
             {k: (v if not isinstance(v, float) or math.isfinite(v) else str(v)) for k, v in record.items()}
             for record in state.log_history
@@ -227,6 +307,7 @@ class RunLog(TrainerCallback, ExportableState):
         summary = {
             "status": status,
             "train_runtime_s": round(seconds, 2),
+            "paused_s": round(self.paused(), 2),
             "steps": state.global_step,
             "epochs": round(state.epoch or 0.0, 4),
             "train_loss": float(np.average([x for _, x in losses], weights=spans)) if losses else None,
@@ -240,6 +321,7 @@ class RunLog(TrainerCallback, ExportableState):
         if summary["eval_loss"] is not None and not math.isfinite(summary["eval_loss"]):
             summary["eval_loss"] = None
         handover.write_json(self.path, {**self.head, "history": history, "summary": summary})
+        self.written = (time.monotonic(), time.monotonic() - began)
 
 
 def indent(text: str) -> str:
@@ -270,6 +352,7 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
     """Train. An interruption ends the process with 130 or 143 and names the checkpoint; a NaN, with 1."""
     if checkpoint:  # its evaluation stands in the log already
         trainer.args.eval_on_start = False
+    log.pause = lambda: trainer.paused
     log.board = next((cb for cb in trainer.callback_handler.callbacks if hasattr(cb, "tb_writer")), None)
     for row in trainer.eval_dataset.select(range(min(2, len(trainer.eval_dataset)))):
         at = row["labels"].count(-100)
@@ -281,13 +364,7 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
         sys.exit(1)
     except torch.OutOfMemoryError as error:
         log.write(trainer.state, "failed")
-        size = trainer.args.per_device_train_batch_size
-        fail(
-            f"the memory is full at {trainer.portion or size} rows a pass ({str(error).split('. ')[0]}); halve "
-            f"BATCH_SIZE and double GRADIENT_ACCUMULATION_STEPS: --batch_size {max(size // 2, 1)} "
-            f"--gradient_accumulation_steps {trainer.args.gradient_accumulation_steps * 2}; or use shorter rows "
-            "(MAX_LENGTH), or LoRA with USE_4BIT"
-        )
+        fail(f"{str(error).split('. ')[0]}: {out_of_memory(trainer, log.head['settings'])}")
     # no step is left to finish: a signal now ends the program, and the next run goes on from the last checkpoint
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -298,6 +375,23 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
         sys.stdout.flush()
         # a plain exit would wait for the other processes; they leave the same way
         os._exit(128 + log.signal)
+
+
+def out_of_memory(trainer: ExactTrainer, settings: dict) -> str:
+    """What to do where a step ran out of memory and could not be taken again in smaller passes."""
+    lora = "LORA_R" in settings
+    light = f"8-bit optimizer states: --optim {'paged_adamw_8bit' if lora else 'adamw_bnb_8bit'}"
+    small = "a 4-bit base: --use_4bit true" if lora else f"LoRA: {command(handover.LORA)}"
+    if not trainer.passing:
+        return f"the optimizer's step does not fit, which smaller passes do not help; take {light}; or {small}"
+    ways = [] if trainer.args.gradient_checkpointing else ["recompute activations: --gradient_checkpointing true"]
+    length = settings["MAX_LENGTH"]
+    ways += [f"shorter rows: --max_length {length // 2}", light, small]
+    if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled:
+        gigabytes = round(0.8 * trainer.plan.free / GB, 1)
+        why = "several processes or DeepSpeed cannot take a step again in smaller passes"
+        return f"{why}; plan with less memory: --device_memory_gb {gigabytes}; or {'; or '.join(ways)}"
+    return f"a pass of a single row does not fit; {'; or '.join(ways)}"
 
 
 # --- when it is done

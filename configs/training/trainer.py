@@ -1,67 +1,104 @@
-"""TRL's SFTTrainer with what a fair comparison needs: token-exact evaluation, a seeded order, fp32 adapters.
+"""TRL's SFTTrainer with what a fair comparison needs: the same rows a step, token-exact sums, fp32 adapters.
 
 What a reader wants to see or change (the model, the LoRA configuration, the SFTConfig) stands in the scripts.
 """
 
+import contextlib
+import gc
 import importlib.util
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
+from peft.helpers import disable_input_dtype_casting
+from torch.utils.data import DataLoader, Sampler
 from transformers import AutoConfig, EarlyStoppingCallback, EvalPrediction, TrainerCallback
-from trl import SFTTrainer, pack_dataset
+from trl import SFTTrainer
+from trl.trainer import utils as trl_utils
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
 
 from configs import chat, device, handover, hub
 from configs.device import GB
 from configs.settings import fail, say
 
-# --- the trainer
+# --- the rows of a step, and its passes
+
+# What a pass costs beside its tokens, in tokens: starting kernels, casting weights, adding to gradients (LOG.md).
+PASS_COST = 512 if torch.cuda.is_available() else 64
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """Row numbers in an order in which the rows of one optimizer step have similar lengths, so that little is padding.
+class StepSampler(Sampler[list[int]]):
+    """For each optimizer step of an epoch, the numbers of the rows that this process trains: longest first.
 
-    The order is a function of (seed, epoch) alone, and so the same in every process and after a resume. The library's
-    sampler draws from the global generator instead: a run that is killed in its second epoch resumes with other
-    batches.
+    A step is a random set of rows, drawn by (seed, epoch) alone: whatever the method, the passes, the number of
+    processes or a resume, the same rows meet in the same step. (Steps of rows of one length would waste less padding
+    but learn worse: they weigh the tokens of short rows more than the loss over all tokens does.) The library's
+    sampler draws from the global generator instead: a run killed in its second epoch resumes with other batches.
 
-    lengths: tokens per row. group_size: rows per optimizer step over all processes (micro-batch x accumulation x
-    processes), so that a group never straddles two steps. epoch: called when an epoch begins; its number, from 0.
+    lengths: tokens per row. rows: of one step, over all processes; the last step of an epoch may have fewer. epoch:
+    called when an epoch begins; its number, from 0. A process gets every `processes`-th row of a step, which may be
+    none of the last step's.
     """
 
-    GROUPS_PER_POOL = 50  # rows are sorted within pools of so many steps: as random as the memory of a pool allows
-
-    def __init__(self, lengths: Sequence[int], group_size: int, seed: int, epoch: Callable[[], int]):
-        self.lengths, self.group_size, self.seed, self.epoch = np.asarray(lengths), group_size, seed, epoch
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        rows: int,
+        seed: int,
+        epoch: Callable[[], int] = lambda: 0,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        self.lengths, self.rows, self.seed, self.epoch = np.asarray(lengths), rows, seed, epoch
+        self.process, self.processes = process, processes
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return -(-len(self.lengths) // self.rows)
 
-    def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng([self.seed, self.epoch()])
-        order = random.permutation(len(self.lengths))
-        pool = self.group_size * self.GROUPS_PER_POOL
-        groups = []
-        # what is left over joins the last pool: in a pool of its own it could hide the longest row in the short group
-        pools = max(len(order) // pool, 1)
-        for rows in np.split(order, [pool * i for i in range(1, pools)]):
-            rows = rows[np.argsort(-self.lengths[rows], kind="stable")]
-            groups += [rows[i : i + self.group_size] for i in range(0, len(rows), self.group_size)]
-        # only the very last group may be short: anywhere else it would shift all later groups across the steps
-        last = [groups.pop()] if groups and len(groups[-1]) < self.group_size else []
-        random.shuffle(groups)
-        if groups:  # the longest rows first, so that a run that does not fit fails in its first step
-            first = max(range(len(groups)), key=lambda i: self.lengths[groups[i][0]])
-            groups.insert(0, groups.pop(first))
-        for group in groups + last:
-            yield from group.tolist()
+    def steps(self) -> Iterator[np.ndarray]:
+        """The row numbers of each step over all processes, longest first."""
+        order = np.random.default_rng([self.seed, self.epoch()]).permutation(len(self.lengths))
+        if len(order):  # the longest row is in the first step, so that a run that does not fit fails at once
+            longest = np.argmax(self.lengths[order])
+            order[[0, longest]] = order[[longest, 0]]
+        for start in range(0, len(order), self.rows):
+            step = order[start : start + self.rows]
+            yield step[np.argsort(-self.lengths[step], kind="stable")]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps():
+            yield step[self.process :: self.processes].tolist()
+
+
+def cut(lengths: Sequence[int], budget: int, packed: bool = False) -> list[slice]:
+    """A step's rows in passes of at most `budget` tokens, padding included; a longer row has a pass of its own.
+
+    Of all ways to cut, the one that computes least: padding costs tokens, and each pass costs PASS_COST beside them.
+    lengths: tokens per row, longest first. packed: rows lie one after another, without padding.
+    """
+    best: list[tuple[float, int]] = [(0, 0)]  # the least cost of the first n rows, and where their last pass begins
+    for end in range(1, len(lengths) + 1):
+        ways, total = [], 0
+        for start in range(end - 1, -1, -1):
+            total += lengths[start]
+            tokens = total if packed else lengths[start] * (end - start)
+            if tokens <= budget or start == end - 1:
+                ways.append((best[start][0] + tokens + PASS_COST, start))
+        best.append(min(ways))
+    cuts, end = [], len(lengths)
+    while end:
+        start = best[end][1]
+        cuts, end = [slice(start, end), *cuts], start
+    return cuts or [slice(0, 0)]
+
+
+# --- the trainer
 
 
 def token_exact(prediction: EvalPrediction) -> dict[str, float]:
@@ -74,76 +111,200 @@ def token_exact(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class ExactTrainer(SFTTrainer):
-    """SFTTrainer whose eval_loss is the mean over tokens, whose batches are grouped by length, and whose LoRA is fp32.
+    """SFTTrainer whose steps are sets of rows, whose eval_loss is the mean over tokens, and whose LoRA is fp32.
+
+    One batch of the Trainer is what this process has of an optimizer step; it is cut into passes by a budget of
+    tokens, and the sum over tokens does not depend on where.
 
     The Trainer's own eval_loss is a mean over rows of per-batch means, which changes with the evaluation batch size
     and the number of processes. Here each row reports (nll, tokens); `gather_for_metrics` brings them together without
     the rows that pad the last batch of several processes, and the best checkpoint is chosen by their quotient.
     """
 
-    def __init__(self, *args, **kwargs):
-        self.portion: int | None = None  # rows a forward pass, once memory has run out
-        self.step_rows: tuple[int, list] = (-1, [])  # (optimizer step, its micro-batches so far)
-        self.logged: tuple[float, int] = (time.monotonic(), 0)  # when the last record was made, at how many tokens
+    def __init__(self, *args, plan, **kwargs):
+        """plan: memory.Plan; its `rows` a step over all processes, its `tokens` a pass, and `packing`.
+
+        Packed rows lie one after another instead of being padded: only for attention that keeps them apart.
+        """
+        self.plan = plan
+        self.rows, self.budget, self.packed = plan.rows, plan.tokens, plan.packing
+        self.paused = 0.0  # seconds of evaluation, saving and sample answers
+        self.passing = False  # whether a forward and backward pass is under way
+        self.logged: tuple[float, int] | None = None  # when the last record was made, at how many tokens
         super().__init__(*args, compute_metrics=token_exact, **kwargs)
+        if self.accelerator.ddp_handler is not None:  # else DDP holds the gradients twice
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        # TRL's head, for what is needed of it: log-probabilities of the trained positions. TRL scores masked
+        # positions as well where Triton does not run, and computes entropies and accuracies that nobody asks for.
+        trl_utils._use_triton = lambda device: True  # read by the head's choice of positions alone
+        self.lora = hasattr(self.model, "peft_config")
+        base = self.model.get_base_model() if self.lora else self.model
+        add_fused_lm_head(base, outputs=("log_probs",))
         # TRL casts QLoRA's trainable weights to bf16, where an update below 1/256 of a weight vanishes and which
         # fp16's GradScaler refuses; in fp32 they cost next to nothing. (Full fine-tuning chooses its dtype when it
         # loads.)
-        if hasattr(self.model, "peft_config"):
+        if self.lora:
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
         device.keep_4bit_layout(self.model)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        return LengthGroupedSampler(
+    # --- rows
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches that hold the rows of this process in one optimizer step, padded to the longest."""
+        rows = self.train_dataset
+        steps = StepSampler(
             rows["length"] if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]],
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            args.seed,
-            # read from the trainer's state: accelerate does not hand set_epoch through the wrappers of a resumed run
+            self.rows,
+            self.args.seed,
+            # read from the trainer's state: a resumed run wraps the loader, and set_epoch does not reach through
             lambda: int(self.state.epoch or 0),
+            self.args.process_index,
+            self.args.world_size,
+        )
+        # not prepared by accelerate, which would share the rows out once more and fill the last step with others
+        return DataLoader(
+            self._remove_unused_columns(rows, "training"),
+            batch_sampler=steps,
+            collate_fn=self._collate,
+            pin_memory=self.args.dataloader_pin_memory,
         )
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """The loss of one micro-batch; when memory runs out, the optimizer step again in half micro-batches.
+    def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        if rows:
+            return self.data_collator(rows)
+        return {key: torch.zeros((0, 2), dtype=torch.long) for key in ("input_ids", "labels", "attention_mask")}
 
-        That is exact (dropout apart): the loss is a sum over tokens, divided by the tokens of the whole
-        step, so it does not matter in how many portions they come. All micro-batches of the step come again, because
-        the backward pass that failed may have added to some of the gradients. The smaller size is kept.
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> list[int]:
+        """Rows of similar lengths together: little padding, and the longest first, so that what does not fit shows."""
+        return np.argsort([-len(ids) for ids in eval_dataset["input_ids"]], kind="stable").tolist()
+
+    def _passes(self, batch: dict, most: int, packed: bool = False) -> Iterator[dict]:
+        """A batch in passes of the budget, as many in each process: several wait for one another in every pass.
+
+        batch: input_ids, labels, attention_mask of shape (rows, tokens), longest row first; most: rows that the
+        largest of the processes' batches has.
         """
-        step = self.state.global_step
-        seen = self.step_rows[1] if self.step_rows[0] == step else []
-        self.step_rows = (step, [*seen, inputs])
-        todo = [inputs]
+        lengths = batch["attention_mask"].sum(dim=1)
+        if self.args.world_size > 1:  # cut by the longest row of any process
+            padded = torch.nn.functional.pad(lengths, (0, most - len(lengths)))
+            lengths = self.accelerator.gather(padded.to(self.args.device)[None]).amax(dim=0).cpu()
+            lengths = lengths[lengths > 0]
+        for rows in cut(lengths.tolist(), self.budget, packed):
+            part = {key: tensor[rows] for key, tensor in batch.items()}
+            mask = part["attention_mask"].bool()
+            if not len(mask):  # the other processes have a row more
+                nothing = torch.full((1, 2), self.processing_class.pad_token_id)
+                part = {"input_ids": nothing, "labels": nothing * 0 - 100, "attention_mask": nothing * 0 + 1}
+                mask = part["attention_mask"].bool()
+            if packed:
+                flatten = DataCollatorForLanguageModeling(self.processing_class.pad_token_id, padding_free=True)
+                names = ("input_ids", "labels")
+                yield flatten(
+                    [{name: part[name][row][kept].tolist() for name in names} for row, kept in enumerate(mask)]
+                )
+            else:
+                yield {key: tensor[:, : int(mask.sum(dim=1).max())] for key, tensor in part.items()}
+
+    # --- a step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward passes over this process's rows of a step. Returns their loss, a scalar.
+
+        The loss is a sum over tokens divided by the tokens of the whole step, so it does not matter (dropout apart) in
+        how many passes they come. When memory runs out, the step comes again with half the budget, which is kept.
+        """
+        if self.logged is None:
+            self.logged = (time.monotonic() - self.paused, int(self.state.num_input_tokens_seen))
         while True:
             try:
-                for batch in todo:
-                    loss = sum(
-                        super(ExactTrainer, self).training_step(model, rows, num_items_in_batch)
-                        for rows in self._portions(batch)
-                    )
-                return loss
+                self.passing = True
+                total = self._step(model, inputs, num_items_in_batch)
+                self.passing = False
+                return total
             except torch.OutOfMemoryError:
-                size = min(self.portion or sys.maxsize, max(len(rows["input_ids"]) for rows in todo))
-                if self.args.world_size > 1 or size == 1:
+                lengths = inputs["attention_mask"].sum(dim=1).tolist()
+                parts = [lengths[rows] for rows in cut(lengths, self.budget, self.packed)]
+                largest = max(sum(part) if self.packed else len(part) * part[0] for part in parts)
+                # the others of several processes would wait; DeepSpeed has counted the passes that went well
+                if self.args.world_size > 1 or self.is_deepspeed_enabled or all(len(part) == 1 for part in parts):
                     raise
-            self.portion = (size + 1) // 2
+            # outside of the except clause: the error's frames hold the tensors of the pass that failed
+            self.budget = largest // 2
             model.zero_grad()
+            gc.collect()
             torch.cuda.empty_cache()
-            say(f"\nout of memory with {size} rows a pass: this step again with {self.portion}, and so from now on")
-            todo = self.step_rows[1]
+            say(f"\nout of memory with {largest:,} tokens a pass: now this step again with {self.budget:,}")
 
-    def _portions(self, batch: dict) -> Iterator[dict]:
-        rows = len(batch["input_ids"])
-        size = self.portion or rows
-        for start in range(0, rows, size):
-            yield {k: v[start : start + size] if torch.is_tensor(v) else v for k, v in batch.items()}
+    def _step(self, model, inputs: dict, num_items_in_batch) -> torch.Tensor:
+        deepspeed, plain = self.is_deepspeed_enabled, contextlib.nullcontext
+        alone = self.args.world_size == 1 or deepspeed or self.is_fsdp_enabled
+        total, passes = 0.0, list(self._passes(inputs, -(-self.rows // self.args.world_size), self.packed))
+        self.current_gradient_accumulation_steps = len(passes)  # by which a mixture of experts divides its own loss
+        for number, part in enumerate(passes, 1):
+            last = number == len(passes)
+            # DeepSpeed takes its optimizer step in the pass that says so; DDP adds up gradients in the last one
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            # PEFT casts what goes into a 16-bit layer to the adapter's fp32, keeps that for the backward pass, and
+            # autocast casts it back at once: two thirds of what LoRA holds of such a layer, for nothing
+            uncast = disable_input_dtype_casting(self.model, self.lora and (self.args.bf16 or self.args.fp16))
+            with plain() if alone or last else self.accelerator.no_sync(model), uncast:
+                total = total + super().training_step(model, part, num_items_in_batch)
+        return total
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The nll of the trained positions over the tokens of the step, as TRL has it, without TRL's metrics.
+
+        (TRL gathers an accuracy and an entropy over the processes, and waits for the device, in every pass.)
+        """
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        tokens = outputs.label_mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = -outputs.log_probs.sum() / tokens.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP and ZeRO average over the processes
+        if self.aux_loss_enabled:
+            passes = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / passes
+        return (loss, outputs) if return_outputs else loss
+
+    # --- evaluation, and what the log says
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Per-row sums instead of a loss: (None, nll of shape (batch,), tokens of shape (batch,))."""
+        nll, tokens = [], []
+        for part in self._passes(inputs, len(inputs["input_ids"])):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = model(**self._prepare_inputs(part), use_cache=False, fused_lm_head=True)
+            # log_probs are zero where the label is masked
+            nll.append(-outputs.log_probs.double().sum(dim=1))
+            tokens.append(outputs.label_mask.sum(dim=1))
+        return None, torch.cat(nll), torch.cat(tokens)
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Time that is not counted as training."""
+        if torch.cuda.is_available():  # what is still queued on the GPU is training
+            torch.cuda.synchronize()
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.paused += time.monotonic() - began
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.pause():  # the sample answers, too, which a callback makes
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with self.pause():
+            super()._save_checkpoint(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            (then, before), now = self.logged, time.monotonic()
+        if "loss" in logs and self.logged:
+            (then, before), now = self.logged, time.monotonic() - self.paused
             tokens = int(self.state.num_input_tokens_seen)
             self.logged = (now, tokens)
             logs["tokens_per_second"] = (tokens - before) / max(now - then, 1e-9)
@@ -152,14 +313,6 @@ class ExactTrainer(SFTTrainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: TRL's card of a checkpoint knows no base ("fine-tuned version of None"); export.py writes ours."""
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Per-row sums instead of a loss: (None, nll of shape (batch,), tokens of shape (batch,))."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        # log_probs are zero where the label is masked
-        return None, -outputs.log_probs.double().sum(dim=1), outputs.label_mask.sum(dim=1)
 
 
 def callbacks(settings, log: TrainerCallback) -> list[TrainerCallback]:
@@ -229,6 +382,13 @@ def model_config(name: str, revision: str | None, max_length: int):
     return config
 
 
+def deepspeed_path(settings) -> str | None:
+    """The DeepSpeed configuration file in force: DEEPSPEED_CONFIG, or what `accelerate launch` was given; or None."""
+    if getattr(settings, "USE_DEEPSPEED", False):
+        return str(hub.local_path(settings.DEEPSPEED_CONFIG))
+    return os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None
+
+
 def deepspeed_file(config: str) -> str:
     """Path of a DeepSpeed configuration for SFTConfig.
 
@@ -276,8 +436,3 @@ def token_rows(
             f"MAX_DROP_FRACTION={max_drop_fraction} allows; raise it: --max_length {max(encoded['length'])}"
         )
     return fitting
-
-
-def pack(rows: Dataset, length: int) -> Dataset:
-    """Rows packed into sequences of up to `length` tokens, best fit first, none of them cut (TRL's bfd)."""
-    return pack_dataset(rows.remove_columns(["length", "trained"]), length, "bfd")
