@@ -86,10 +86,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTConfig
 
 from configs import chat, device, handover
+from configs.training.before import clear_unless, meet, model_config, preflight, problems, resume_point
 from configs.training.export import save_final
 from configs.training.memory import Plan, make_plan
-from configs.training.runlog import RunLog, clear_unless, finish, meet, preflight, resume_point, run
-from configs.training.trainer import ExactTrainer, callbacks, deepspeed_file, model_config, problems, token_rows
+from configs.training.runlog import RunLog, finish, run
+from configs.training.trainer import ExactTrainer, callbacks, deepspeed_file, token_rows
 
 
 def training_arguments(settings, plan: Plan) -> SFTConfig:

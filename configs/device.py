@@ -133,7 +133,7 @@ def own_precision(dtype: torch.dtype) -> None:
     """Let PRECISION decide, and not what an `accelerate config` of long ago says; a difference is named."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
     theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", name)
-    if theirs not in (name, ""):
+    if theirs not in (name, "", "no"):  # "no" is what accelerate says where nothing was asked for
         say(
             f"note: accelerate's configuration asks for mixed precision {theirs!r}; this run takes {name!r} "
             "(PRECISION), so that both methods compute alike"

@@ -15,10 +15,11 @@ from datasets import Dataset
 
 from configs import chat, device, handover
 from configs.settings import read_constants
+from configs.training.before import clear_unless, resume_point
+from configs.training.before import problems as training_problems
 from configs.training.memory import Plan, Sizes
-from configs.training.runlog import RunLog, clear_unless, resume_point
+from configs.training.runlog import RunLog
 from configs.training.trainer import ExactTrainer, token_rows
-from configs.training.trainer import problems as training_problems
 
 # --- the scripts' own functions, in this process
 

@@ -351,7 +351,7 @@ def test_training_log_has_exactly_these_keys(script, trained, uninterrupted, ful
         assert set(log["parameters"]) == {"trainable", "total", "percent"}
         assert set(log["data"]) == {"manifest_sha256", "train_rows", "eval_rows"}
         assert set(log["summary"]) == set(
-            "status train_runtime_s steps epochs train_loss eval_loss tokens tokens_per_second peak_memory_bytes "
+            "status train_runtime_s paused_s steps epochs train_loss eval_loss tokens tokens_per_second peak_memory_bytes "
             "best_checkpoint resumed_from".split()
         )
         manifest = (work / "data" / "manifest.json").read_bytes()
@@ -413,8 +413,8 @@ def test_what_was_saved_is_what_was_measured(script, uninterrupted, full_run):
     log, folder = log_of(work, script), str(work / FINAL[script])
     if script == LORA:
         settings = SimpleNamespace(**{**log["settings"], "MODEL_NAME": str(work / "model")})
-        plan = SimpleNamespace(attention="sdpa")
-        base = load_script(LORA).build_model(settings, torch.float32, plan, torch.device("cpu"))
+        plan = SimpleNamespace(attention="sdpa", dtype=torch.float32)
+        base = load_script(LORA).build_model(settings, plan, torch.device("cpu"))
         model = PeftModel.from_pretrained(base, folder)
         device.keep_4bit_layout(model)
     else:

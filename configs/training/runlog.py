@@ -1,12 +1,7 @@
 """A run from its start to its end: where it goes on, training_log.json, how it is interrupted, its curves."""
 
-import contextlib
-import itertools
-import json
 import math
 import os
-import secrets
-import shutil
 import signal
 import sys
 import time
@@ -15,153 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
-from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_model_param_count
 
 from configs import chat, device, handover
 from configs.device import GB
-from configs.settings import command, fail, main_process, say
-from configs.training.memory import Plan, processes
-from configs.training.trainer import ExactTrainer, StepSampler, cut
-
-# --- before it starts
-
-
-def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Plan) -> None:
-    """Show one row as the model will see it, and what the run will do. Ends with exit code 2 where that is nothing.
-
-    rows, validation: with input_ids and labels. The trained tokens stand between the brackets.
-    """
-    row = rows[0]
-    first = next(n for n, label in enumerate(row["labels"]) if label != -100)
-    before, after = tokenizer.decode(row["input_ids"][:first]), tokenizer.decode(row["input_ids"][first:])
-    say(f"a row as the model sees it, trained between the brackets:\n{before}⟦{after}⟧\n")
-    step, devices = plan.rows, processes()
-    asked = f"one optimizer step takes {settings.BATCH_SIZE} x {settings.GRADIENT_ACCUMULATION_STEPS} = {step} rows"
-    if step > len(rows):
-        fail(
-            f"{asked}, and there are {len(rows)}; take fewer: "
-            f"--batch_size 1 --gradient_accumulation_steps {max(len(rows) // 4, 1)}"
-        )
-    if step % devices:
-        fits = ", ".join(str(n) for n in range(1, step + 1) if step % n == 0)
-        more = next(n for n in itertools.count(step // settings.BATCH_SIZE) if n * settings.BATCH_SIZE % devices == 0)
-        fail(
-            f"{asked}, which {devices} processes cannot share out evenly; start {fits} processes, or more rows in "
-            f"both trainings: --batch_size {settings.BATCH_SIZE} --gradient_accumulation_steps {more}"
-        )
-    steps = settings.MAX_STEPS or math.ceil(math.ceil(len(rows) / step) * settings.NUM_EPOCHS)
-    warmup = math.ceil(steps * settings.WARMUP_RATIO)
-    if settings.WARMUP_RATIO and warmup >= steps:
-        fail(
-            f"the run has {steps} step{'s' * (steps > 1)}, and WARMUP_RATIO={settings.WARMUP_RATIO} makes {warmup} of "
-            "them warm-up: the learning rate would never be reached; train longer, or --warmup_ratio 0"
-        )
-    lengths, trained = np.array(rows["length"]), sum(rows["trained"])
-    sampler = StepSampler(lengths, step, settings.SEED)
-    passes = [lengths[numbers][part] for numbers in sampler.steps() for part in cut(lengths[numbers], plan.tokens)]
-    padding = 0 if plan.packing else 1 - lengths.sum() / sum(len(part) * part.max() for part in passes)
-    say(
-        f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, {padding:.1%} padding; "
-        f"{len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} of them warm-up"
-    )
-
-
-def meet(settings) -> dict:
-    """The manifest of the data, after all processes have met and seen the same data and the same OUTPUT_DIR.
-
-    Raises: SystemExit(2) in all of them where one has no data or others, or another OUTPUT_DIR (machines that share no
-    folder), with the ways out.
-    """
-    device.join()
-    manifest, code = None, None
-    try:
-        manifest = handover.read_manifest(settings.DATA_DIR)
-    except SystemExit as ending:
-        code = ending.code
-    if not device.launched():
-        if code is not None:
-            raise SystemExit(code)
-        return manifest
-    output = Path(settings.OUTPUT_DIR)
-    token = device.decided_once(lambda: _leave_token(output))
-    machine = os.environ.get("GROUP_RANK", "0")
-    mine = (machine, code, manifest and manifest["manifest_sha256"], (output / token).exists())
-    found = gather_object([mine])  # no process is beyond this line before all have looked
-    if main_process():
-        (output / token).unlink(missing_ok=True)
-    if any(code is not None for _, code, _, _ in found):
-        raise SystemExit(2)
-    if lacking := sorted({machine for machine, _, _, seen in found if not seen}):
-        problem = (
-            f"machine {', '.join(lacking)} does not see the OUTPUT_DIR of machine 0, {output.resolve()}; put it on a "
-            "file system that all machines share: --output_dir /shared/PATH, or train on one machine"
-        )
-        _fail_once(problem)
-    if len({sha for _, _, sha, _ in found}) > 1:
-        _fail_once(
-            f"{settings.DATA_DIR} differs between the machines (manifest_sha256); copy it from machine 0, or put it "
-            "on a file system that all share: --data_dir /shared/PATH"
-        )
-    return manifest
-
-
-def _leave_token(output: Path) -> str:
-    name = f".met-{secrets.token_hex(8)}"
-    handover.write_text(output / name, "")
-    return name
-
-
-def _fail_once(problem: str) -> None:
-    if main_process():
-        fail(problem)
-    raise SystemExit(2)
-
-
-def resume_point(
-    output_dir: str, resume: bool | str, settings: dict, manifest: dict
-) -> tuple[str, dict] | tuple[None, None]:
-    """(the checkpoint to go on from, the plan that it was trained with), or (None, None) for a fresh start.
-
-    resume: True goes on or ends with exit code 2; False starts afresh; "auto" goes on where an unfinished run with the
-    same settings and data lies. A checkpoint that was cut off while it was written is not used.
-    """
-    folder = Path(output_dir)
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            # the Trainer writes this file last
-            complete.append((json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path))
-    last = max(complete)[1] if complete else None
-
-    log, why = {}, "there is no checkpoint"
-    with contextlib.suppress(OSError, ValueError):
-        log = json.loads((folder / "training_log.json").read_text("utf-8"))
-    if last:
-        why = handover.other_run(log, settings, manifest["manifest_sha256"])
-        if not why and log["summary"]["status"] == "done" and resume != True:  # noqa: E712 ("auto" is not True)
-            why = "it is finished"
-        if not why and "tokens_per_pass" not in log.get("plan", {}):
-            why = "an older version of this script trained it"
-    if resume is True and why:
-        fail(f"RESUME is true, but {output_dir} cannot be continued: {why}; start afresh with: --resume false")
-    if resume is not False and not why:
-        say(f"resuming from {last}")
-        return str(last), log["plan"]
-    if last and resume is not False:
-        say(f"starting afresh; the older run in {output_dir} is not continued: {why}")
-    return None, None
-
-
-def clear_unless(checkpoint: str | None, output_dir: str) -> None:
-    """Before a fresh start, when all else is settled: remove the checkpoints and events of the run before."""
-    if checkpoint is None and main_process():
-        for path in [*Path(output_dir).glob("checkpoint-*"), Path(output_dir) / "runs"]:
-            shutil.rmtree(path, ignore_errors=True)
-
+from configs.settings import command, fail, say
+from configs.training.memory import Plan
+from configs.training.trainer import ExactTrainer
 
 # --- while it runs
 
@@ -353,6 +210,12 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
     if checkpoint:  # its evaluation stands in the log already
         trainer.args.eval_on_start = False
     log.pause = lambda: trainer.paused
+    log.head["environment"]["distributed_type"] = kind = trainer.accelerator.distributed_type.value
+    if log.head["settings"].get("USE_DEEPSPEED") and kind != "DEEPSPEED":
+        fail(
+            f"USE_DEEPSPEED is true, but accelerate made a run of kind {kind}: ACCELERATE_USE_CPU or another launch "
+            "configuration stands in the way; unset it, or train without: --use_deepspeed false"
+        )
     log.board = next((cb for cb in trainer.callback_handler.callbacks if hasattr(cb, "tb_writer")), None)
     for row in trainer.eval_dataset.select(range(min(2, len(trainer.eval_dataset)))):
         at = row["labels"].count(-100)

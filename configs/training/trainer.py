@@ -5,10 +5,7 @@ What a reader wants to see or change (the model, the LoRA configuration, the SFT
 
 import contextlib
 import gc
-import importlib.util
-import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader, Sampler
-from transformers import AutoConfig, EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
 from trl import SFTTrainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -321,65 +318,7 @@ def callbacks(settings, log: TrainerCallback) -> list[TrainerCallback]:
     return [log] + ([EarlyStoppingCallback(patience)] if patience else [])
 
 
-# --- before the model loads
-
-
-def problems(settings: dict) -> list[str]:
-    """What is wrong between a training's settings, or between them and this machine; one sentence each."""
-    wrong = []
-    for name in ("EVAL_STEPS", "SAVE_STEPS"):
-        if settings[name] > 1 and settings[name] != int(settings[name]):
-            wrong.append(f"{name} is {settings[name]}; above 1 it counts steps and must be whole")
-    if settings["SAVE_STEPS"] != settings["EVAL_STEPS"] and not wrong:
-        wrong.append(
-            f"SAVE_STEPS ({settings['SAVE_STEPS']}) must equal EVAL_STEPS ({settings['EVAL_STEPS']}), so that the "
-            f"best model that was evaluated is also saved: --save_steps {settings['EVAL_STEPS']}"
-        )
-    for tracker in settings["REPORT_TO"].replace(" ", "").split(","):
-        modules = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "none": "torch"}
-        if tracker not in modules:
-            wrong.append(f"REPORT_TO is {tracker!r}; choose one of: {', '.join(modules)}")
-        elif importlib.util.find_spec(modules[tracker]) is None:
-            wrong.append(f"REPORT_TO is {tracker!r}, which is not installed: pip install {tracker}")
-    if "none" in settings["REPORT_TO"] and settings["REPORT_TO"].strip() != "none":
-        wrong.append(f"REPORT_TO is {settings['REPORT_TO']!r}; none stands alone: --report_to none")
-    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    if settings.get("USE_4BIT") and zero3:
-        wrong.append(
-            "ZeRO-3 cannot split a 4-bit base: launch with --zero_stage 2, or train LoRA over 16 bits: --use_4bit "
-            "false"
-        )
-    if settings.get("USE_DEEPSPEED"):
-        path, text = hub.local_path(settings["DEEPSPEED_CONFIG"]), None
-        if path is None or not path.is_file():
-            wrong.append(
-                f"DEEPSPEED_CONFIG {settings['DEEPSPEED_CONFIG']!r} is missing or no file; use configs/ds_config.json"
-            )
-        else:
-            text = path.read_text("utf-8")
-            try:
-                config = json.loads(text)
-                if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-                    raise ValueError("an object with an object zero_optimization is needed")
-            except ValueError as error:
-                wrong.append(
-                    f"DEEPSPEED_CONFIG {path} is not JSON of the right shape ({error}); compare configs/ds_config.json"
-                )
-        if text and "offload" in text and not shutil.which("nvcc"):
-            wrong.append(
-                f"{path} offloads to the CPU, which compiles with the CUDA toolkit, and nvcc is not there; install it"
-            )
-    return wrong
-
-
-def model_config(name: str, revision: str | None, max_length: int):
-    """The model's configuration, read before its weights; exit code 2 where MAX_LENGTH exceeds its positions."""
-    with hub.hub_errors("model", name, "MODEL_NAME", revision):
-        config = AutoConfig.from_pretrained(hub.model_path(name), revision=revision)
-    positions = chat.positions(config)
-    if max_length > positions:
-        fail(f"MAX_LENGTH is {max_length}, but {name} has only {positions} positions: --max_length {positions}")
-    return config
+# --- DeepSpeed's file
 
 
 def deepspeed_path(settings) -> str | None:
@@ -397,6 +336,10 @@ def deepspeed_file(config: str) -> str:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)  # without these DeepSpeed looks for MPI
     os.environ.setdefault("MASTER_PORT", str(device.free_port()))
+    if device.launched():  # else ZeRO-3 takes itself for alone while the model loads
+        from deepspeed import comm
+
+        comm.init_distributed(auto_mpi_discovery=False)
     return str(hub.local_path(config))
 
 

@@ -1,0 +1,217 @@
+"""What is looked at before a training starts: settings, machine, other processes, an older run, the rows."""
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+import numpy as np
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import AutoConfig
+
+from configs import chat, device, handover, hub
+from configs.settings import fail, main_process, say
+from configs.training.memory import Plan, processes
+from configs.training.trainer import StepSampler, cut
+
+# --- settings and model
+
+
+def problems(settings: dict) -> list[str]:
+    """What is wrong between a training's settings, or between them and this machine; one sentence each."""
+    wrong = []
+    for name in ("EVAL_STEPS", "SAVE_STEPS"):
+        if settings[name] > 1 and settings[name] != int(settings[name]):
+            wrong.append(f"{name} is {settings[name]}; above 1 it counts steps and must be whole")
+    if settings["SAVE_STEPS"] != settings["EVAL_STEPS"] and not wrong:
+        wrong.append(
+            f"SAVE_STEPS ({settings['SAVE_STEPS']}) must equal EVAL_STEPS ({settings['EVAL_STEPS']}), so that the "
+            f"best model that was evaluated is also saved: --save_steps {settings['EVAL_STEPS']}"
+        )
+    for tracker in settings["REPORT_TO"].replace(" ", "").split(","):
+        modules = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "none": "torch"}
+        if tracker not in modules:
+            wrong.append(f"REPORT_TO is {tracker!r}; choose one of: {', '.join(modules)}")
+        elif importlib.util.find_spec(modules[tracker]) is None:
+            wrong.append(f"REPORT_TO is {tracker!r}, which is not installed: pip install {tracker}")
+    if "none" in settings["REPORT_TO"] and settings["REPORT_TO"].strip() != "none":
+        wrong.append(f"REPORT_TO is {settings['REPORT_TO']!r}; none stands alone: --report_to none")
+    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if settings.get("USE_4BIT") and zero3:
+        wrong.append(
+            "ZeRO-3 cannot split a 4-bit base: launch with --zero_stage 2, or train LoRA over 16 bits: --use_4bit "
+            "false"
+        )
+    if settings.get("USE_DEEPSPEED"):
+        path, text = hub.local_path(settings["DEEPSPEED_CONFIG"]), None
+        if path is None or not path.is_file():
+            wrong.append(
+                f"DEEPSPEED_CONFIG {settings['DEEPSPEED_CONFIG']!r} is missing or no file; use configs/ds_config.json"
+            )
+        else:
+            text = path.read_text("utf-8")
+            try:
+                config = json.loads(text)
+                if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+                    raise ValueError("an object with an object zero_optimization is needed")
+            except ValueError as error:
+                wrong.append(
+                    f"DEEPSPEED_CONFIG {path} is not JSON of the right shape ({error}); compare configs/ds_config.json"
+                )
+        if text and "offload" in text and not shutil.which("nvcc"):
+            wrong.append(
+                f"{path} offloads to the CPU, which compiles with the CUDA toolkit, and nvcc is not there; install it"
+            )
+    return wrong
+
+
+def model_config(name: str, revision: str | None, max_length: int):
+    """The model's configuration, read before its weights; exit code 2 where MAX_LENGTH exceeds its positions."""
+    with hub.hub_errors("model", name, "MODEL_NAME", revision):
+        config = AutoConfig.from_pretrained(hub.model_path(name), revision=revision)
+    positions = chat.positions(config)
+    if max_length > positions:
+        fail(f"MAX_LENGTH is {max_length}, but {name} has only {positions} positions: --max_length {positions}")
+    return config
+
+
+# --- processes, an older run, the rows
+
+
+def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Plan) -> None:
+    """Show one row as the model will see it, and what the run will do. Ends with exit code 2 where that is nothing.
+
+    rows, validation: with input_ids and labels. The trained tokens stand between the brackets.
+    """
+    row = rows[0]
+    first = next(n for n, label in enumerate(row["labels"]) if label != -100)
+    before, after = tokenizer.decode(row["input_ids"][:first]), tokenizer.decode(row["input_ids"][first:])
+    say(f"a row as the model sees it, trained between the brackets:\n{before}⟦{after}⟧\n")
+    step, devices = plan.rows, processes()
+    asked = f"one optimizer step takes {settings.BATCH_SIZE} x {settings.GRADIENT_ACCUMULATION_STEPS} = {step} rows"
+    if step > len(rows):
+        fail(
+            f"{asked}, and there are {len(rows)}; take fewer: "
+            f"--batch_size 1 --gradient_accumulation_steps {max(len(rows) // 4, 1)}"
+        )
+    if step % devices:
+        fits = ", ".join(str(n) for n in range(1, step + 1) if step % n == 0)
+        more = next(n for n in itertools.count(step // settings.BATCH_SIZE) if n * settings.BATCH_SIZE % devices == 0)
+        fail(
+            f"{asked}, which {devices} processes cannot share out evenly; start {fits} processes, or more rows in "
+            f"both trainings: --batch_size {settings.BATCH_SIZE} --gradient_accumulation_steps {more}"
+        )
+    steps = settings.MAX_STEPS or math.ceil(math.ceil(len(rows) / step) * settings.NUM_EPOCHS)
+    warmup = math.ceil(steps * settings.WARMUP_RATIO)
+    if settings.WARMUP_RATIO and warmup >= steps:
+        fail(
+            f"the run has {steps} step{'s' * (steps > 1)}, and WARMUP_RATIO={settings.WARMUP_RATIO} makes {warmup} of "
+            "them warm-up: the learning rate would never be reached; train longer, or --warmup_ratio 0"
+        )
+    lengths, trained = np.array(rows["length"]), sum(rows["trained"])
+    sampler = StepSampler(lengths, step, settings.SEED)
+    passes = [lengths[numbers][part] for numbers in sampler.steps() for part in cut(lengths[numbers], plan.tokens)]
+    padding = 0 if plan.packing else 1 - lengths.sum() / sum(len(part) * part.max() for part in passes)
+    say(
+        f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, {padding:.1%} padding; "
+        f"{len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} of them warm-up"
+    )
+
+
+def meet(settings) -> dict:
+    """The manifest of the data, after all processes have met and seen the same data and the same OUTPUT_DIR.
+
+    Raises: SystemExit(2) in all of them where one has no data or others, or another OUTPUT_DIR (machines that share no
+    folder), with the ways out.
+    """
+    device.join()
+    manifest, code = None, None
+    try:
+        manifest = handover.read_manifest(settings.DATA_DIR)
+    except SystemExit as ending:
+        code = ending.code
+    if not device.launched():
+        if code is not None:
+            raise SystemExit(code)
+        return manifest
+    output = Path(settings.OUTPUT_DIR)
+    token = device.decided_once(lambda: _leave_token(output))
+    machine = os.environ.get("GROUP_RANK", "0")
+    mine = (machine, code, manifest and manifest["manifest_sha256"], (output / token).exists())
+    found = gather_object([mine])  # no process is beyond this line before all have looked
+    if main_process():
+        (output / token).unlink(missing_ok=True)
+    if any(code is not None for _, code, _, _ in found):
+        raise SystemExit(2)
+    if lacking := sorted({machine for machine, _, _, seen in found if not seen}):
+        problem = (
+            f"machine {', '.join(lacking)} does not see the OUTPUT_DIR of machine 0, {output.resolve()}; put it on a "
+            "file system that all machines share: --output_dir /shared/PATH, or train on one machine"
+        )
+        _fail_once(problem)
+    if len({sha for _, _, sha, _ in found}) > 1:
+        _fail_once(
+            f"{settings.DATA_DIR} differs between the machines (manifest_sha256); copy it from machine 0, or put it "
+            "on a file system that all share: --data_dir /shared/PATH"
+        )
+    return manifest
+
+
+def _leave_token(output: Path) -> str:
+    name = f".met-{secrets.token_hex(8)}"
+    handover.write_text(output / name, "")
+    return name
+
+
+def _fail_once(problem: str) -> None:
+    if main_process():
+        fail(problem)
+    raise SystemExit(2)
+
+
+def resume_point(
+    output_dir: str, resume: bool | str, settings: dict, manifest: dict
+) -> tuple[str, dict] | tuple[None, None]:
+    """(the checkpoint to go on from, the plan that it was trained with), or (None, None) for a fresh start.
+
+    resume: True goes on or ends with exit code 2; False starts afresh; "auto" goes on where an unfinished run with the
+    same settings and data lies. A checkpoint that was cut off while it was written is not used.
+    """
+    folder = Path(output_dir)
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            # the Trainer writes this file last
+            complete.append((json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path))
+    last = max(complete)[1] if complete else None
+
+    log, why = {}, "there is no checkpoint"
+    with contextlib.suppress(OSError, ValueError):
+        log = json.loads((folder / "training_log.json").read_text("utf-8"))
+    if last:
+        why = handover.other_run(log, settings, manifest["manifest_sha256"])
+        if not why and log["summary"]["status"] == "done" and resume != True:  # noqa: E712 ("auto" is not True)
+            why = "it is finished"
+        if not why and "tokens_per_pass" not in log.get("plan", {}):
+            why = "an older version of this script trained it"
+    if resume is True and why:
+        fail(f"RESUME is true, but {output_dir} cannot be continued: {why}; start afresh with: --resume false")
+    if resume is not False and not why:
+        say(f"resuming from {last}")
+        return str(last), log["plan"]
+    if last and resume is not False:
+        say(f"starting afresh; the older run in {output_dir} is not continued: {why}")
+    return None, None
+
+
+def clear_unless(checkpoint: str | None, output_dir: str) -> None:
+    """Before a fresh start, when all else is settled: remove the checkpoints and events of the run before."""
+    if checkpoint is None and main_process():
+        for path in [*Path(output_dir).glob("checkpoint-*"), Path(output_dir) / "runs"]:
+            shutil.rmtree(path, ignore_errors=True)
