@@ -125,6 +125,27 @@ def run(command: list[str]) -> int:
     return code if code >= 0 else 128 - code  # killed by a signal, as a shell reports it
 
 
+def visible_gpus() -> int:
+    """How many NVIDIA GPUs the steps may use, without the seconds that torch takes to answer."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+def started(number: int, gpus: int) -> tuple[list[str], str]:
+    """(how a step's script is started, the same for people): by accelerate where several GPUs can share the work."""
+    if number < 2 or gpus < 2:
+        return [sys.executable], "python"
+    words = ["--multi_gpu", "--num_processes", str(gpus), "--num_machines", "1", "--mixed_precision", "no"]
+    words += ["--dynamo_backend", "no"]  # these are accelerate's defaults, which it else reports as missing
+    return [sys.executable, "-m", "accelerate.commands.launch", *words], f"accelerate launch --num_processes {gpus}"
+
+
 def main(flags: dict[str, list[str]]) -> None:
     """Run the steps that STEPS, YES or the menu name; `flags` are {section: what its script is given}."""
     words = TEXTS[LANGUAGE]
@@ -149,11 +170,12 @@ def main(flags: dict[str, list[str]]) -> None:
     other_model = any(word.startswith("--model_name=") for given in flags.values() for word in given)
     if PRESET == "demo" and not other_model and not (DEMO_MODEL / "config.json").exists():
         plan.insert(0, (0, words["demo_model"], ROOT / "configs" / "demo" / "base_model.py", []))
-    began, times = time.monotonic(), []
+    began, times, gpus = time.monotonic(), [], visible_gpus()
     for number, what, script, given in plan:
-        print(f"\n=== {number}  {what}: python {shlex.join([os.path.relpath(script), *given])}", flush=True)
+        start_words, shown = started(number, gpus)
+        print(f"\n=== {number}  {what}: {shown} {shlex.join([os.path.relpath(script), *given])}", flush=True)
         start = time.monotonic()
-        code = run([sys.executable, str(script), *given])
+        code = run([*start_words, str(script), *given])
         times.append((number, what, time.monotonic() - start))
         if code == 141:  # `| head`: nobody reads on, and the step has ended without a word
             sys.exit(code)

@@ -12,6 +12,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # A tokenizer would otherwise warn about forked workers on every run.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Passes have other lengths every time: blocks of memory that can grow leave fewer gaps between them (read by CUDA).
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ) and os.name != "nt":
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
 # Deprecations among the libraries and an optional kernel of the Hub: nothing that a user can act on.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*is deprecated")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -4,11 +4,14 @@ import contextlib
 import importlib.util
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -30,6 +33,11 @@ def machine_problems() -> list[str]:
     """What about the visible devices would end in a crash or in a run of weeks: one sentence each."""
     launched = bool(os.environ.get("RANK"))
     if torch.cuda.is_available():
+        if lacking := triton_lacks():
+            return [
+                f"there is no {lacking}, which Triton compiles the model's head with; install them, on Debian and "
+                "Ubuntu with: sudo apt install gcc python3-dev"
+            ]
         if torch.cuda.device_count() > 1 and not launched:
             script, n = sys.argv[0], torch.cuda.device_count()
             return [
@@ -51,6 +59,15 @@ def machine_problems() -> list[str]:
                 f"{why}; to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES= (empty)"
             ]
     return []
+
+
+def triton_lacks() -> str | None:
+    """What Triton would miss when the first step compiles TRL's head: "C compiler", "Python.h", or None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang")):
+        return "C compiler"
+    return None if (Path(sysconfig.get_path("include")) / "Python.h").is_file() else "Python.h"
 
 
 def compute_device() -> str | torch.device:
@@ -146,9 +163,12 @@ def own_precision(dtype: torch.dtype) -> None:
 
 def four_bit(wanted: bool) -> bool:
     """Whether the base can be held in 4 bits here; says so where it was wanted and cannot be."""
-    able = importlib.util.find_spec("bitsandbytes") is not None and not (
-        torch.backends.mps.is_available() and not torch.cuda.is_available()
-    )
+    able = importlib.util.find_spec("bitsandbytes") is not None
+    if able and torch.backends.mps.is_available() and not torch.cuda.is_available():
+        import bitsandbytes
+
+        # look instead of assuming: Apple's GPUs have kernels since bitsandbytes 0.50
+        able = "mps" in getattr(bitsandbytes, "supported_torch_devices", ())
     if wanted and not able:
         say("note: bitsandbytes has no 4-bit kernels for this device; the base is held in 16 bits (USE_4BIT)")
     return wanted and able

@@ -368,6 +368,25 @@ def test_flags_reach_the_steps_that_have_them(folder):
     assert (lora["LEARNING_RATE"], full["LEARNING_RATE"]) == (1e-4, defaults[SCRIPTS[2]])
 
 
+def test_several_gpus_share_the_work_of_steps_2_to_4(folder, tmp_path):
+    """As nvidia-smi has them, or CUDA_VISIBLE_DEVICES; the command is said, and two processes run each step."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'GPU 0: NVIDIA A (UUID: 1)'\necho 'GPU 1: NVIDIA A (UUID: 2)'\n"
+    )
+    (tools / "nvidia-smi").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    env.pop("CUDA_VISIBLE_DEVICES")
+    result = run(folder, "--steps", "1,2", "--num_epochs", "1", env=env)
+    assert result.returncode == 0, result.stderr
+    assert "python 1_prepare_dataset.py" in result.stdout
+    assert "accelerate launch --num_processes 2 2_lora_finetuning.py --num_epochs=1" in result.stdout
+    assert [call["step"] for call in calls(folder)] == ["1", "2", "2"]
+    one = run(folder, "--steps", "2", env={**env, "CUDA_VISIBLE_DEVICES": "1"})
+    assert "python 2_lora_finetuning.py" in one.stdout and steps(folder) == "2"
+
+
 def test_a_preset_reaches_all_steps_and_flags_beat_it(folder):
     (folder / "own.yaml").write_text(SMALL.replace("seed: 7", "seed: 8"))
     assert run(folder, "--preset", "small", "--full.seed", "9", "--seed=6", "--steps", "2-4").returncode == 0

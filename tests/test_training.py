@@ -469,6 +469,25 @@ def test_two_gpus_under_plain_python_name_both_commands(monkeypatch):
     assert device.machine_problems() == []
 
 
+@pytest.mark.parametrize("lacks, there", [("C compiler", ()), ("Python.h", ("gcc",)), (None, ("clang", "header"))])
+def test_what_triton_would_miss_is_said_before_the_run(monkeypatch, tmp_path, lacks, there):
+    """Where Triton is installed, the first step on a GPU compiles the head: with a C compiler and Python's headers."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(device.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    for name in there:
+        path = tmp_path / ("Python.h" if name == "header" else name)
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+    found = device.machine_problems()
+    assert len(found) == (1 if lacks else 0)
+    if lacks:
+        assert f"there is no {lacks}" in found[0] and "sudo apt install gcc python3-dev" in found[0]
+
+
 def test_precision_is_what_the_hardware_has(monkeypatch):
     assert device.precision("fp16")[0] == torch.float16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -167,7 +167,9 @@ def test_one_row_that_does_not_fit_names_the_settings(scripts, tokenizer, tiny, 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(SFTTrainer, "training_step", step)
-    log = SimpleNamespace(write=lambda *a: None, prompts=[], signal=None, head={"settings": vars(constants(FULL))})
+    log = SimpleNamespace(
+        write=lambda *a: None, prompts=[], signal=None, head={"settings": vars(constants(FULL)), "environment": {}}
+    )
     with pytest.raises(SystemExit) as end:
         run_training(trainer, log, None)
     assert end.value.code == 2
@@ -185,7 +187,9 @@ def test_an_optimizer_step_that_does_not_fit_is_not_helped_by_smaller_passes(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    log = SimpleNamespace(write=lambda *a: None, prompts=[], signal=None, head={"settings": vars(constants(FULL))})
+    log = SimpleNamespace(
+        write=lambda *a: None, prompts=[], signal=None, head={"settings": vars(constants(FULL)), "environment": {}}
+    )
     with pytest.raises(SystemExit) as end:
         run_training(trainer, log, None)
     said = capsys.readouterr().err
@@ -204,7 +208,9 @@ def test_what_cannot_be_replayed_is_not(scripts, tokenizer, tiny, rows, tmp_path
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(SFTTrainer, "training_step", step)
-    log = SimpleNamespace(write=lambda *a: None, prompts=[], signal=None, head={"settings": vars(constants(FULL))})
+    log = SimpleNamespace(
+        write=lambda *a: None, prompts=[], signal=None, head={"settings": vars(constants(FULL)), "environment": {}}
+    )
     with pytest.raises(SystemExit) as end:
         run_training(trainer, log, None)
     said = capsys.readouterr().err
@@ -526,6 +532,15 @@ def test_four_bits_fall_back_with_one_line(monkeypatch, capsys):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
     assert device.four_bit(True) is False
     assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("devices, able", [({"cuda", "mps"}, True), ({"cuda"}, False)])
+def test_four_bits_on_an_apple_gpu_are_what_bitsandbytes_has(monkeypatch, devices, able):
+    import bitsandbytes
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(bitsandbytes, "supported_torch_devices", devices)
+    assert device.four_bit(True) is able
 
 
 @pytest.mark.slow

@@ -351,8 +351,8 @@ def test_training_log_has_exactly_these_keys(script, trained, uninterrupted, ful
         assert set(log["parameters"]) == {"trainable", "total", "percent"}
         assert set(log["data"]) == {"manifest_sha256", "train_rows", "eval_rows"}
         assert set(log["summary"]) == set(
-            "status train_runtime_s paused_s steps epochs train_loss eval_loss tokens tokens_per_second peak_memory_bytes "
-            "best_checkpoint resumed_from".split()
+            "status train_runtime_s paused_s steps epochs train_loss eval_loss tokens tokens_per_second "
+            "peak_memory_bytes best_checkpoint resumed_from".split()
         )
         manifest = (work / "data" / "manifest.json").read_bytes()
         assert log["data"]["manifest_sha256"] == hashlib.sha256(manifest).hexdigest()

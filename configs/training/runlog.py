@@ -48,6 +48,7 @@ class RunLog(TrainerCallback, ExportableState):
         self.seconds, self.pauses, self.peak, self.began = 0.0, 0.0, 0, None
         self.pause: Callable[[], float] = lambda: 0.0  # seconds of this run that were not training
         self.written = (0.0, 0.0)  # when the log was last written, and how long that took
+        self.steps: list[float] = []  # seconds of training at the end of each step of this run
         self.signal: int | None = None
         self.prompts: list[tuple[list[int], list[int]]] = []  # (prompt, answer) whose answers TensorBoard shows
 
@@ -99,6 +100,10 @@ class RunLog(TrainerCallback, ExportableState):
             self.signal = self.signal or (signal.SIGTERM if stop else None)
         if stop:
             control.should_save = control.should_training_stop = True
+        self.steps.append(self.elapsed())
+        if len(self.steps) == 6 and state.max_steps > state.global_step:  # five steps behind the first, which warms up
+            left = (self.steps[-1] - self.steps[0]) / 5 * (state.max_steps - state.global_step)
+            say(f"\nabout {spell(left)} of training to go, as the first steps went; evaluation and saving come on top")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.write(state, "running")
@@ -179,6 +184,13 @@ class RunLog(TrainerCallback, ExportableState):
             summary["eval_loss"] = None
         handover.write_json(self.path, {**self.head, "history": history, "summary": summary})
         self.written = (time.monotonic(), time.monotonic() - began)
+
+
+def spell(seconds: float) -> str:
+    """A time for people: "40 s", "12 min" or "3.4 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def indent(text: str) -> str:
