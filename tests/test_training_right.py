@@ -341,13 +341,13 @@ def shapes(tmp_path_factory, phi_2) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-def planned(shapes, script: str, name: str, gigabytes: float, **changed) -> Plan:
+def planned(shapes, script: str, name: str, gigabytes: float, before: dict | None = None, **changed) -> Plan:
     from transformers import AutoConfig
 
     c = constants(script, MODEL_NAME=str(shapes[name]), DEVICE_MEMORY_GB=gigabytes, PLAN_ONLY=True, **changed)
     config = AutoConfig.from_pretrained(shapes[name])
     adapter = load_script(script).adapter_config(c)
-    return make_plan(c, config, c.MAX_LENGTH, adapter)
+    return make_plan(c, config, c.MAX_LENGTH, adapter, before)
 
 
 def test_the_plan_climbs_its_ladder(shapes, capsys):
@@ -379,6 +379,46 @@ def test_qlora_of_phi_2_fits_8_gb_and_of_llama_12(shapes):
     plan = planned(shapes, LORA, "phi-2", 8)
     assert plan.total <= 8e9 and plan.rows == 16 and plan.tokens >= 1024
     assert planned(shapes, LORA, "llama-7b", 12).total <= 12e9
+
+
+def test_a_run_that_goes_on_keeps_its_plan(shapes, capsys):
+    """Its checkpoint holds that optimizer's states, for those weights: with more memory, and with less."""
+    first = planned(shapes, FULL, "phi-2", 24)
+    again = planned(shapes, FULL, "phi-2", 200, first.as_dict())
+    assert again.as_dict() == first.as_dict()
+    capsys.readouterr()
+    less = planned(shapes, FULL, "phi-2", 19.5, first.as_dict())
+    assert (less.optim, less.half_weights, less.precision) == (first.optim, True, "bf16")
+    assert 1024 <= less.tokens < first.tokens and less.total <= less.free
+    assert f"{less.tokens:,} tokens a pass instead of {first.tokens:,}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        planned(shapes, FULL, "phi-2", 12, first.as_dict())
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("error:") == 1
+    assert "the interrupted run was trained with adamw_torch_8bit and bf16" in said and "--resume false" in said
+    with pytest.raises(SystemExit):
+        planned(shapes, FULL, "phi-2", 200, {**first.as_dict(), "attention": "flash_attention_2"})
+    assert "computed attention with flash_attention_2" in capsys.readouterr().err
+
+
+def test_the_plan_of_deepspeed_is_what_deepspeed_holds(shapes, monkeypatch):
+    """A 16-bit model with fp32 masters beside; no 8-bit states, no stochastic rounding (computed, not measured)."""
+    count = 2_779_683_840
+    one = planned(shapes, FULL, "phi-2", 200, USE_DEEPSPEED=True)
+    assert (one.optim, one.half_weights) == ("adamw_torch_fused", False)
+    assert one.parts["weights"] == one.parts["gradients"] == 2 * count
+    assert one.parts["fp32 masters"] == one.parts["optimizer"] == 8 * count and one.parts["16-bit copies"] == 0
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(device, "launched", lambda: False)  # no other process is there to ask
+    zero2 = planned(shapes, FULL, "phi-2", 200, USE_DEEPSPEED=True)
+    assert zero2.parts["weights"] == 2 * count and zero2.parts["gradients"] == 2 * count // 4
+    assert zero2.parts["optimizer"] == zero2.parts["fp32 masters"] == 2 * count
+    zero3 = {"USE_DEEPSPEED": True, "DEEPSPEED_CONFIG": "configs/ds_config_zero3.json"}
+    assert planned(shapes, FULL, "phi-2", 200, **zero3).parts["weights"] == 2 * count // 4
+    offload = {"USE_DEEPSPEED": True, "DEEPSPEED_CONFIG": "configs/ds_config_offload.json"}
+    parts = planned(shapes, FULL, "phi-2", 200, **offload).parts
+    assert parts["optimizer"] == parts["fp32 masters"] == 0
+    assert zero2.share == 4 and zero2.tokens == 4 * 1024  # a quarter of a step's 16 rows
 
 
 def test_what_does_not_fit_is_refused_with_what_would(shapes, capsys):
