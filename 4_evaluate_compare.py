@@ -39,12 +39,14 @@ PROMPT: Annotated[str | None, "not empty"] = None  # a question: print every mod
 
 # --- scoring
 PRECISION: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 on a CPU, else what the GPU does best
-BATCH_TOKENS: Annotated[int | None, "x >= 1"] = None  # tokens in one forward pass, padding included; none: what fits
+# Constants, not the memory that is free, decide how much is computed at once: PASS_TOKENS_CPU and below it in
+# configs/evaluation/scoring.py. Where memory runs out, it is halved.
+BATCH_TOKENS: Annotated[int | None, "x >= 1"] = None  # padded tokens of a pass; none: 2048 (CPU) or 8192 (GPU)
 
 # --- answers
 MAX_NEW_TOKENS: Annotated[int, "x >= 1"] = 256  # most tokens of an answer; longer ones are cut, for every model alike
 TEMPERATURE: Annotated[float, "0 <= x <= 10"] = 0.0  # temperature of the answers; 0: greedy, the same in every run
-GENERATION_BATCH: Annotated[int | None, "x >= 1"] = None  # prompts answered at once; none: what fits
+GENERATION_BATCH: Annotated[int | None, "x >= 1"] = None  # prompts answered at once; none: 64, fewer of a large model
 # ROUGE-L and chrF compare words and letters; an embedding compares meaning.
 EMBEDDING_MODEL: str | None = None  # sentence-transformers model, e.g. BAAI/bge-small-en-v1.5; none: no such metric
 # The key of an OpenAI-compatible server is read from OPENAI_API_KEY.
@@ -306,7 +308,7 @@ def ask(candidate: Candidate, prompt: list[dict], form: str) -> list[int]:
 def answer_prompts(
     settings, candidate: Candidate, model: PreTrainedModel, prompt_ids: list, batch: int | None
 ) -> list:
-    """The model's {answer, stopped} to each prompt. batch: prompts answered at once, None is what memory allows."""
+    """The model's {answer, stopped} to each prompt. batch: prompts answered at once, None is prompt_budget()."""
     tokenizer = candidate.tokenizer
     ends = sorted({tokenizer.eos_token_id, chat.answer_end(tokenizer)})
     decoding = (settings.MAX_NEW_TOKENS, batch, candidate.label, settings.TEMPERATURE, settings.SEED)

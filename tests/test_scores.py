@@ -149,41 +149,147 @@ def test_the_logits_of_a_batch_never_exist(monkeypatch):
     assert sum(shape[-2] for shape in seen) == 20 * 30 and max(shape[-2] for shape in seen) == 64
 
 
-def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(rows, monkeypatch):
+@pytest.fixture
+def nothing_held(monkeypatch):
+    """As in a process in which memory never ran out."""
+    monkeypatch.setattr(scoring, "_held", {})
+
+
+def watched(model, see) -> None:
+    """Call see(rows, columns) before every forward pass of the model's layers."""
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: see(*args[0].shape[:2]))
+
+
+def passes(model) -> list[tuple[int, int]]:
+    """The (rows, columns) of every forward pass of the model's layers from now on."""
+    seen = []
+    watched(model, lambda *shape: seen.append(shape))
+    return seen
+
+
+def test_scores_and_batches_do_not_depend_on_the_free_memory(tiny, monkeypatch, nothing_held):
+    import psutil
+
+    model = build(ARCHITECTURES["phi: head with a bias"])
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.pad_token = tokenizer.eos_token
+    model.generation_config = GenerationConfig()
+    rows, prompts, found = [(a, b) for a, b in some_rows(120)], [context for context, _ in some_rows(80)], []
+    for free in (1, 10**6, 10**10, 10**13):
+        memory = type("Memory", (), {"available": free, "free": free, "total": free})
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, free))
+        seen = passes(model)
+        scores = scoring.score(model, rows, None, "test").tolist()
+        found.append((scores, scoring.answer(model, tokenizer, prompts, [1], 3, None, "test"), list(seen)))
+    scores, _, seen = found[0]
+    assert all(other == found[0] for other in found[1:])  # to the last digit
+    # as large as the constants say: tokens of a pass of scoring, then prompts answered at once
+    assert len(scores) == 120 and max(n * width for n, width in seen[:-6]) > scoring.PASS_TOKENS_CPU / 2
+    assert all(n * width <= scoring.PASS_TOKENS_CPU for n, width in seen[:-6])
+    assert [n for n, _ in seen[-6:]] == [scoring.PROMPTS] * 3 + [80 - scoring.PROMPTS] * 3
+
+
+def test_budgets_are_constants(phi_2, nothing_held):
+    """phi-2, whose cache is 327,680 bytes a token in 16 bits, is answered in fewer prompts at once than a small model;
+    a GPU takes more tokens at once than a CPU."""
+    from types import SimpleNamespace
+
+    small = build(ARCHITECTURES["llama: tied head, grouped queries"])
+    assert scoring.token_budget(small) == 2048 and scoring.prompt_budget(small, 400) == 64
+    on = {name: torch.device(name) for name in ("cpu", "cuda")}
+    big = SimpleNamespace(config=phi_2, dtype=torch.float16, device=on["cuda"])
+    assert scoring.token_budget(big) == 8192
+    assert scoring.prompt_budget(big, 550) == 4 * 10**9 // (550 * 327_680) == 22
+    assert scoring.prompt_budget(SimpleNamespace(config=phi_2, dtype=torch.float32, device=on["cpu"]), 550) == 11
+    assert scoring.prompt_budget(big, 10**6) == 1
+
+
+def card_of(model, tokens: int) -> None:
+    """A fault that a CPU does not have: the model stands on a card that holds so many tokens of a pass."""
+
+    def see(rows: int, columns: int) -> None:
+        if rows * columns > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    watched(model, see)
+
+
+def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(rows, capsys, nothing_held):
     model = build(ARCHITECTURES["phi: head with a bias"])
     usual = scoring.score(model, rows, 10**6, "test")
-    body, most = model.model, []
-
-    def small_card(module, args, kwargs):  # a fault that a CPU does not have: a card that holds 200 tokens
-        if kwargs["input_ids"].numel() > 200:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        most.append(kwargs["input_ids"].numel())
-
-    body.register_forward_pre_hook(small_card, with_kwargs=True)
+    tried = passes(model)  # also those that fail
+    card_of(model, 200)
+    capsys.readouterr()
     assert scoring.score(model, rows, 10**6, "test") == pytest.approx(usual, rel=1e-5)
-    assert len(most) > 3
+    sizes = [n * width for n, width in tried]
+    failed = sizes.index(next(size for size in sizes if size <= 200))
+    assert 2 <= failed < 6 and all(b <= a / 2 for a, b in zip(sizes[:failed], sizes[1:failed], strict=False))
+    assert all(size <= sizes[failed - 1] / 2 for size in sizes[failed:]) and len(sizes) > failed + 3
+    # said once, with the flag that starts with smaller batches; what holds is kept, and not tried anew
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"memory ran out with {sizes[0]:,} tokens" in said and "--batch_tokens" in said
+    tried.clear()
+    assert scoring.score(model, rows, None, "again") == pytest.approx(usual, rel=1e-5)
+    assert max(n * width for n, width in tried) <= 200 and capsys.readouterr().out == ""
+    # a smaller budget of the user's is not raised
+    tried.clear()
+    scoring.score(model, rows, 1, "one by one")
+    assert {n for n, _ in tried} == {1}
+
+
+def test_a_single_row_that_memory_cannot_hold_is_the_users_to_mend(capsys, nothing_held):
+    model = build(ARCHITECTURES["phi: head with a bias"])
+    card_of(model, 200)
     with pytest.raises(SystemExit) as end:
-        scoring.score(model, [([5] * 300, [7])], None, "test")
-    assert end.value.code == 2
+        scoring.score(model, [([5] * 300, [7]), ([5], [7])], None, "test")
+    assert end.value.code == 2 and "--max_length 512" in capsys.readouterr().err
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
+def test_answers_are_halved_too_and_stay_the_same(tiny, capsys, nothing_held):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    model.generation_config = GenerationConfig()
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.pad_token = tokenizer.eos_token
+    with torch.no_grad():
+        model.lm_head.bias.zero_()
+    prompts = [context for context, _ in some_rows(9)]
+    usual = scoring.answer(model, tokenizer, prompts, [1], 5, None, "test")
+    tried = passes(model)
+    card_of(model, 120)
+    capsys.readouterr()
+    assert scoring.answer(model, tokenizer, prompts, [1], 5, None, "test") == usual
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "memory ran out with 9 prompts" in said and "--generation_batch 4" in said
+    assert [n for n, width in tried if width > 1][:3] == [9, 4, 2] and "tokens" not in scoring._held
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(nothing_held):
     def broken(batch):
         raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        scoring.in_halves(broken, [1, 2, 3])
+        scoring.in_batches([0, 1, 2], [1, 1, 1], 3, "tokens", broken, "test")
+    assert scoring._held == {}
 
 
-def test_budgets_follow_the_free_memory(monkeypatch):
-    model = build(ARCHITECTURES["phi: head with a bias"])
-    for free, tokens, prompts in ((10**12, 2048, 64), (4 * 10**6, None, None), (1, 1, 1)):
-        monkeypatch.setattr(scoring, "free_bytes", lambda _, free=free: free)
-        found = scoring.token_budget(model), scoring.prompt_budget(model, 400)
-        if tokens is None:
-            assert 1 <= found[0] < 2048 and 1 <= found[1] < 64
-        else:
-            assert found == (tokens, prompts)
+def test_a_failed_pass_holds_no_tensor_when_the_next_one_starts(nothing_held):
+    """An error keeps the frames in which it was raised, and so their tensors, for as long as it is handled."""
+    import weakref
+
+    left = []
+
+    def work(batch: list[int]) -> list[int]:
+        assert [ref() for ref in left] == [None] * len(left)
+        held = torch.zeros(10)
+        left.append(weakref.ref(held))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch
+
+    items = list(range(4))
+    assert scoring.in_batches(items, [1] * 4, 4, "prompts", work, "test") == {i: i for i in items}
+    assert len(left) == 2 + 4  # 4 at once, 2 at once, then one by one
 
 
 # --- answers

@@ -5,11 +5,9 @@ import gc
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import evaluate
 import numpy as np
-import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, set_seed
@@ -23,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from configs import chat, device, hub
 from configs.handover import PREPARE
-from configs.settings import command, fail, main_process
+from configs.settings import command, fail, main_process, say
 
 GENERAL_PIECES = 200  # of the general text that are scored at most, each of up to 256 tokens
 CHUNK = 512  # positions whose logits over the whole vocabulary are held at once
@@ -105,62 +103,96 @@ class RowMetric(evaluate.Metric):
 
 # --- batches that fit
 
-
-def free_bytes(model: PreTrainedModel) -> int:
-    """Memory that is free on the model's device."""
-    if model.device.type == "cuda":
-        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + cached
-    return psutil.virtual_memory().available
-
-
-def widths(model: PreTrainedModel) -> SimpleNamespace:
-    """hidden, inner (of the MLP), vocabulary and cache (numbers a token leaves in the key-value cache)."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return SimpleNamespace(
-        hidden=config.hidden_size,
-        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        vocabulary=config.vocab_size,
-        cache=2 * config.num_hidden_layers * heads * width,
-    )
+# How much is computed at once must not follow from the memory that happens to be free: batches of another size round
+# differently. So these are constants, and halved where memory runs out.
+# A CPU is fastest while its caches hold a batch: of 256 to 8,192 tokens a pass, 1,024 and 2,048 were (LOG.md).
+PASS_TOKENS_CPU = 2048
+# A GPU has enough to do with them, and one layer of phi-2, some 60,000 numbers a token, takes 1 GB in 16 bits.
+PASS_TOKENS_GPU = 8192
+# For the key-value caches of the prompts that are answered together: 22 of phi-2 with 550 tokens each, in 16 bits.
+CACHE_BYTES = 4_000_000_000
+PROMPTS = 64  # at most, however small the caches are; the usual 100 test prompts are then two batches
+# unit -> what memory could hold after it had run out in this process: no later batch is larger
+_held: dict[str, int] = {}
 
 
 def token_budget(model: PreTrainedModel) -> int:
-    """Tokens of a forward pass that half of the free memory can hold.
-
-    A CPU is fastest while its caches hold a batch (measured, LOG.md), so it gets 2,048 at most.
-    """
-    s = widths(model)
-    of_token = 4 * (12 * s.hidden + 3 * s.inner)  # what one layer holds at once, as if in float32
-    room = free_bytes(model) // 2 - 2 * 4 * CHUNK * s.vocabulary
-    return int(min(max(room // of_token, 1), 2048 if model.device.type == "cpu" else 65536))
+    """Padded tokens of a forward pass."""
+    return PASS_TOKENS_CPU if model.device.type == "cpu" else PASS_TOKENS_GPU
 
 
 def prompt_budget(model: PreTrainedModel, length: int) -> int:
-    """Prompts of `length` tokens that can be answered at once: their key-value caches take half of the free memory."""
-    s, itemsize = widths(model), torch.empty(0, dtype=model.dtype).element_size()
-    of_prompt = length * s.cache * itemsize + 2 * 4 * s.vocabulary
-    return int(min(max(free_bytes(model) // 2 // of_prompt, 1), 64 if model.device.type == "cpu" else 256))
+    """Prompts that are answered at once, each of at most `length` tokens with its answer: at most PROMPTS."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_token = 2 * config.num_hidden_layers * heads * width * torch.empty(0, dtype=model.dtype).element_size()
+    return min(max(CACHE_BYTES // (length * of_token), 1), PROMPTS)
 
 
-def in_halves(work: Callable[[list[int]], list], batch: list[int]) -> list:
-    """work(batch); where memory runs out, work of its halves, one after the other."""
+def batches(items: list[int], sizes: list[int], budget: int) -> Iterator[list[int]]:
+    """`items`, largest first, in batches of similar size: number of items times the largest is at most `budget`."""
+    batch: list[int] = []
+    for i in sorted(items, key=lambda i: -sizes[i]):
+        if batch and sizes[batch[0]] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def in_batches(
+    items: list[int], sizes: list[int], budget: int, unit: str, work: Callable[[list[int]], list], label: str
+) -> dict[int, object]:
+    """{item: its result}, from work(batch) -> results of the batch's items, under a progress bar called `label`.
+
+    Where memory runs out, the budget is halved, down to single items; the smaller one is kept for what follows.
+    unit: what sizes and budget count, "tokens" or "prompts". Raises: SystemExit(2) where one item is too large.
+    """
+    found, rest, of = {}, items, "rows" if unit == "tokens" else unit
+    with tqdm(total=len(items), desc=label, unit=f" {of}", disable=not main_process()) as bar:
+        while rest:
+            for batch in batches(rest, sizes, min(budget, _held.get(unit, budget))):
+                results = tried(work, batch)
+                if results is None:
+                    halve(unit, len(batch) * sizes[batch[0]])
+                    break  # and cut what is left into smaller batches
+                found |= zip(batch, results, strict=True)
+                bar.update(len(batch))
+            rest = [i for i in items if i not in found]
+    return found
+
+
+def tried(work: Callable[[list[int]], list], batch: list[int]) -> list | None:
+    """work(batch), or None where memory runs out. Raises: SystemExit(2) where it does with a single item."""
     try:
         return work(batch)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not should_reduce_batch_size(error):
             raise
         if len(batch) == 1:
             fail(
                 f"memory runs out with a single row ({str(error).splitlines()[0]}); use --precision bf16, a smaller "
                 f"model, or shorter rows: {command(PREPARE, '--max_length', '512')}"
             )
+    return None
+
+
+def halve(unit: str, size: int) -> None:
+    """Memory ran out with `size` tokens or prompts at once: half as many from now on.
+
+    To be called outside the clause that caught the error: inside, the error holds the tensors of the failed pass.
+    """
     gc.collect()
     torch.cuda.empty_cache()
-    half = (len(batch) + 1) // 2
-    return in_halves(work, batch[:half]) + in_halves(work, batch[half:])
+    if unit not in _held:
+        flag = "--batch_tokens" if unit == "tokens" else "--generation_batch"
+        say(
+            f"note: memory ran out with {size:,} {unit} at once; batches are halved until they fit, and stay so "
+            f"(to start with smaller ones: {flag} {size // 2})"
+        )
+    _held[unit] = size // 2
 
 
 def spread(lengths: list[int], work: Callable[[list[int]], dict[int, object]]) -> list:
@@ -175,18 +207,6 @@ def spread(lengths: list[int], work: Callable[[list[int]], dict[int, object]]) -
     return [found[i] for i in range(len(lengths))]
 
 
-def batches(items: list[int], lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """`items`, longest first, in batches of similar length and at most `budget` padded tokens."""
-    batch: list[int] = []
-    for i in sorted(items, key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 # --- scores
 
 
@@ -197,7 +217,7 @@ def score(
     """nll of each continuation given its context, in nats, float64, shape (rows,).
 
     rows: (context_ids, continuation_ids); a context holds at least one token. budget: padded tokens of a forward pass,
-    None is what memory allows. The body of the model sees whole rows; its head only the positions that predict a
+    None is token_budget(). The body of the model sees whole rows; its head only the positions that predict a
     continuation, CHUNK of them at once, so the logits of a batch never exist.
     """
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -239,20 +259,10 @@ def score(
         nll = torch.cat(parts).double().cpu()
         return [part.sum().item() for part in nll.split([len(rows[i][1]) for i in batch])]
 
-    def work(items: list[int]) -> dict[int, float]:
-        found = {}
-        with tqdm(total=len(items), desc=f"scoring {label}", unit=" rows", disable=hidden_bar()) as bar:
-            for batch in batches(items, lengths, budget):
-                found |= zip(batch, in_halves(of_batch, batch), strict=True)
-                bar.update(len(batch))
-        return found
+    def work(items: list[int]) -> dict[int, object]:
+        return in_batches(items, lengths, budget, "tokens", of_batch, f"scoring {label}")
 
     return np.array(spread(lengths, work), dtype=float)
-
-
-def hidden_bar() -> bool:
-    """True in processes that show no progress bar."""
-    return not main_process()
 
 
 def pieces(tokenizer, texts: list[str], width: int = 256) -> tuple[list[list[int]], list[int]]:
@@ -289,10 +299,12 @@ def answer(
 ) -> list[dict]:
     """Answers as {answer, stopped}: stopped is whether the model ended it by itself within `limit` tokens.
 
-    size: prompts that are answered at once, None is what memory allows; temperature 0 is greedy.
+    size: prompts that are answered at once, None is prompt_budget(); temperature 0 is greedy.
     """
     lengths = [len(prompt) for prompt in prompts]
     size = size or prompt_budget(model, max(lengths, default=1) + limit)
+    # a prompt that leaves less than `limit` positions would cut the answers beside it, so it is answered alone
+    sizes = [1 if length + limit <= chat.positions(model.config) else size for length in lengths]
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
 
     def of_batch(batch: list[int]) -> list[dict]:
@@ -319,13 +331,7 @@ def answer(
             found.append({"answer": text, "stopped": stop is not None})
         return found
 
-    def work(items: list[int]) -> dict[int, dict]:
-        found = {}
-        with tqdm(total=len(items), desc=f"answering {label}", unit=" prompts", disable=hidden_bar()) as bar:
-            for start in range(0, len(items), size):
-                batch = items[start : start + size]
-                found |= zip(batch, in_halves(of_batch, batch), strict=True)
-                bar.update(len(batch))
-        return found
+    def work(items: list[int]) -> dict[int, object]:
+        return in_batches(items, sizes, size, "prompts", of_batch, f"answering {label}")
 
     return spread(lengths, work)
