@@ -328,14 +328,44 @@ def test_answers_with_a_temperature_are_the_same_at_every_run(tiny):
     with torch.no_grad():
         model.lm_head.bias.zero_()
 
-    def said(temperature: float, seed: int) -> list[str]:
-        prompts = [[11, 45, 300], [7, 8], [99]]
+    def said(temperature: float, seed: int, size: int | None = None) -> list[str]:
+        prompts = [[11, 45, 300], [7, 8], [99], [45, 11]]
         return [
-            a["answer"] for a in scoring.answer(model, tokenizer, prompts, [1], 12, None, "test", temperature, seed)
+            a["answer"] for a in scoring.answer(model, tokenizer, prompts, [1], 12, size, "test", temperature, seed)
         ]
 
-    assert said(3.0, 1) == said(3.0, 1)
-    assert said(3.0, 1) != said(3.0, 2) and said(3.0, 1) != said(0.0, 1)
+    once = said(3.0, 1)
+    assert once == said(3.0, 1) and len(set(once)) == 4
+    assert once != said(3.0, 2) and once != said(0.0, 1)
+    # whatever is answered beside a prompt: batches may be halved, and processes share the prompts out
+    torch.manual_seed(5)
+    assert all(said(3.0, 1, size) == once for size in (1, 2, 3))
+
+
+def test_a_sample_is_drawn_from_the_models_distribution():
+    """4,000 draws of the first token against its probabilities at that temperature: chi-squared."""
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -30.0])
+    draw = scoring.OwnDraw(list(range(4000)), 1.7, torch.device("cpu"))
+    scores = draw(torch.zeros(4000, 1), logits.expand(4000, -1))
+    counts = torch.bincount(scores.argmax(-1), minlength=5).double()
+    expected = 4000 * (logits / 1.7).softmax(-1).double()
+    assert counts[4] == 0 and expected[4] < 1e-4
+    chi_squared = ((counts - expected)[:4] ** 2 / expected[:4]).sum()
+    assert chi_squared < 16.3  # three degrees of freedom, p = 0.001
+    # another draw at the next token, not the same one again
+    assert (draw(torch.zeros(4000, 2), logits.expand(4000, -1)).argmax(-1) != scores.argmax(-1)).float().mean() > 0.4
+
+
+def test_a_long_prompt_does_not_cut_the_answers_beside_it(tiny):
+    """A prompt near the end of the model's positions leaves no room for a whole answer: only its own is shorter."""
+    model = build(GPT2Config(vocab_size=500, n_embd=64, n_layer=2, n_head=4, n_positions=64))
+    model.generation_config = GenerationConfig()
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.pad_token = tokenizer.eos_token
+    prompts = [[7] * 60, [11, 45, 300], [8] * 52, [99]]
+    alone = [scoring.answer(model, tokenizer, [prompt], [499], 12, None, "test")[0] for prompt in prompts]
+    assert scoring.answer(model, tokenizer, prompts, [499], 12, None, "test") == alone
+    assert len(alone[0]["answer"]) < len(alone[2]["answer"])
 
 
 # --- several processes

@@ -10,13 +10,13 @@ import evaluate
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Features, Value
 from peft import PeftModel
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from configs import chat, device, hub
@@ -285,6 +285,23 @@ def pieces(tokenizer, texts: list[str], width: int = 256) -> tuple[list[list[int
 # --- answers
 
 
+class OwnDraw(LogitsProcessor):
+    """Makes the most likely token a sample at `temperature`, from a generator of each prompt's own.
+
+    It adds Gumbel noise to the logits, whose maximum is distributed as the model's softmax. So a prompt's answer does
+    not depend on the prompts beside it, which sampling from one generator for the whole batch would.
+    """
+
+    def __init__(self, seeds: list[int], temperature: float, where: torch.device):
+        self.generators = [torch.Generator(where).manual_seed(seed) for seed in seeds]
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        rows = zip(scores, self.generators, strict=True)
+        noise = torch.stack([torch.empty_like(row).exponential_(generator=own) for row, own in rows])
+        return scores / self.temperature - noise.log()
+
+
 @torch.inference_mode()
 def answer(
     model: PreTrainedModel,
@@ -305,7 +322,6 @@ def answer(
     size = size or prompt_budget(model, max(lengths, default=1) + limit)
     # a prompt that leaves less than `limit` positions would cut the answers beside it, so it is answered alone
     sizes = [1 if length + limit <= chat.positions(model.config) else size for length in lengths]
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
 
     def of_batch(batch: list[int]) -> list[dict]:
         width = max(lengths[i] for i in batch)
@@ -314,15 +330,15 @@ def answer(
         for line, i in enumerate(batch):  # padded on the left: the answer follows the prompt
             ids[line, width - lengths[i] :] = torch.tensor(prompts[i])
             mask[line, width - lengths[i] :] = 1
-        if temperature:
-            set_seed(seed + batch[0])
+        draws = [OwnDraw([seed + i for i in batch], temperature, model.device)] if temperature else []
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=min(limit, chat.positions(model.config) - width),
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
-            **how,
+            do_sample=False,
+            logits_processor=LogitsProcessorList(draws),
         )[:, width:].tolist()
         found = []
         for tokens in output:
