@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import psutil
@@ -20,6 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
@@ -212,7 +214,19 @@ def attention(dtype: torch.dtype) -> str:
 
 
 def sdpa_fp32(module, query, key, value, attention_mask, **kwargs):
-    """transformers' sdpa attention, computed in fp32 whatever autocast says. Shapes as there."""
+    """transformers' sdpa attention, computed in fp32 whatever autocast says. Shapes as there.
+
+    With grouped queries and no mask, transformers would ask torch for `enable_gqa`. In fp32 only one kernel has it,
+    whose memory grows with the square of the length. So keys and values are repeated here. A single query, as in
+    generation, sees every key: with a mask that says so, transformers packs the queries of a group together instead.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    if groups > 1 and attention_mask is None:
+        if query.shape[2] == 1:
+            attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
+        else:
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+            module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # has no groups any more
     kind = query.device.type
     with torch.autocast(kind, enabled=False):
         sdpa = AttentionInterface()["sdpa"]

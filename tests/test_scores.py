@@ -368,6 +368,120 @@ def test_a_long_prompt_does_not_cut_the_answers_beside_it(tiny):
     assert len(alone[0]["answer"]) < len(alone[2]["answer"])
 
 
+# --- attention in fp16
+
+
+@pytest.fixture
+def sdpa_calls(monkeypatch) -> list[dict]:
+    """What torch's attention is called with from now on: {dtype, mask, queries, and its other named arguments}."""
+    usual, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(query, key, value, attn_mask=None, **kwargs):
+        calls.append({"dtype": query.dtype, "mask": attn_mask is not None, "queries": query.shape[2], **kwargs})
+        return usual(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    return calls
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_grouped_queries_in_fp32_attention_are_those_of_eager_attention(sdpa_calls, padded):
+    """Forward, backward and one token after another over a cache; torch is never asked for enable_gqa, for which in
+    fp32 it has only a kernel with quadratic memory."""
+    from configs import device
+
+    device.attention(torch.float16)  # registers it
+    config = LlamaConfig(**SMALL, num_key_value_heads=2)
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 490, (3, 20), generator=draw)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :7] = mask[1, :1] = 0
+    weights = torch.randn(3, 20, 500, generator=draw) * mask[..., None]
+    found = {}
+    for name in ("eager", "sdpa_fp32"):
+        config._attn_implementation = name
+        model = build(config)
+        assert model.config._attn_implementation == name
+        model.zero_grad()
+        out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(0), use_cache=False)
+        (out.logits * weights).sum().backward()
+        gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+        with torch.no_grad():
+            steps = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=499)
+        found[name] = (out.logits.detach() * mask[..., None], gradients, steps)
+    (logits, gradients, steps), (own_logits, own_gradients, own_steps) = found.values()
+    torch.testing.assert_close(own_logits, logits, rtol=1e-4, atol=1e-4)
+    for key, gradient in gradients.items():
+        assert gradient.abs().max() > 0, key
+        torch.testing.assert_close(own_gradients[key], gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+    assert torch.equal(own_steps, steps)
+    assert {call["queries"] for call in sdpa_calls} >= {20, 2}  # whole rows, and a group's queries of one token
+    assert not any(call.get("enable_gqa") for call in sdpa_calls)
+    first = sdpa_calls[0]
+    assert first["mask"] == padded and first["is_causal"] != padded  # no mask is made where none was
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory, tiny) -> Path:
+    """The tiny phi with a bias in queries and keys, as phi-2's: their products exceed 65,504, where fp16 ends.
+
+    The bias stands alone in the last number of each head, so it adds the same to every score and changes no
+    attention: a right computation is as exact as without it.
+    """
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                last = torch.arange(1, 5) * part.out_features // 4 - 1
+                part.weight[last] = 0
+                part.bias[last] = 300
+        # else it says one token without a text for ever
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[len(AutoTokenizer.from_pretrained(tiny)) :] = -1e4
+    folder = tmp_path_factory.mktemp("overflowing") / "phi"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return folder
+
+
+def test_fp16_scores_and_answers_with_attention_in_fp32(overflowing, rows, sdpa_calls):
+    """Through step 4's functions: whole rows without a mask, batches padded on the left, and a key-value cache."""
+    base = Candidate("base", "base", str(overflowing))
+    plain = AutoModelForCausalLM.from_pretrained(overflowing, dtype=torch.float16, attn_implementation="eager")
+    assert not torch.isfinite(plain(input_ids=torch.tensor([[5, 6, 7]])).logits).all()  # so fp16 does overflow
+    exact = scoring.load_model([base], torch.float32, None)
+    model = scoring.load_model([base], torch.float16, None)
+    assert model.dtype == torch.float16 and model.config._attn_implementation == "sdpa_fp32"
+    sdpa_calls.clear()
+    own, wanted = scoring.score(model, rows, 300, "test"), scoring.score(exact, rows, 300, "test")
+    assert own == pytest.approx(wanted, rel=2e-3) and (own != wanted).any()
+    assert not any(call["mask"] for call in sdpa_calls)
+    sdpa_calls.clear()
+    tokenizer = AutoTokenizer.from_pretrained(overflowing)
+    tokenizer.pad_token = tokenizer.eos_token
+    prompts = [[11, 45, 300], list(range(7, 30)), [99]]
+    together = scoring.answer(model, tokenizer, prompts, [1], 8, None, "test")
+    assert any(call["mask"] and call["queries"] == 23 for call in sdpa_calls)  # padded on the left
+    assert any(call["queries"] == 1 for call in sdpa_calls)  # the cache holds the rest
+    for prompt, record in zip(prompts, together, strict=True):
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(8):  # one forward pass each, with no cache and no padding
+                ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+        assert record["answer"] == tokenizer.decode(ids[len(prompt) :]).strip() != ""
+    assert together == scoring.answer(model, tokenizer, prompts, [1], 8, 1, "test")
+    assert {call["dtype"] for call in sdpa_calls} == {torch.float32}
+
+
+def test_a_model_without_sdpa_is_scored_in_its_own_attention(tmp_path):
+    """Gemma 2 caps its attention's scores, which sdpa cannot: asked for by name, it is refused."""
+    build(ARCHITECTURES["gemma2: soft cap of the logits"]).save_pretrained(tmp_path)
+    model = scoring.load_model([Candidate("base", "base", str(tmp_path))], torch.bfloat16, None)
+    assert model.config._attn_implementation == "eager"
+    assert np.isfinite(scoring.score(model, [([5, 6], [7])], None, "test")).all()
+
+
 # --- several processes
 
 

@@ -39,8 +39,9 @@ def load_model(candidates: list, dtype: torch.dtype, revision: str | None) -> Pr
     torch.cuda.empty_cache()
     candidate, options = candidates[0], {}
     source, revision = candidate.folder, revision if candidate.method in ("base", "lora") else None
-    if torch.cuda.is_available():
-        options["attn_implementation"] = device.attention(dtype)
+    # sdpa is transformers' own choice, for every model that has it; asked for by name, it refuses the others (Gemma 2)
+    if (attention := device.attention(dtype)) != "sdpa":
+        options["attn_implementation"] = attention
     if candidate.four_bit:
         options["quantization_config"] = device.nf4(dtype)
     base_remedy = candidate.remedy if source == candidate.own_folder else "get it anew, or name another one"
