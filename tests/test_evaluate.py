@@ -664,6 +664,31 @@ def test_few_rows_and_cut_answers_are_named(script, fair):
     assert found == "3 answers of full were cut at MAX_NEW_TOKENS=64"
 
 
+@pytest.mark.parametrize(
+    "dtype, differences, named",
+    [
+        (torch.bfloat16, [-0.0019, 0.002, 0.0021], ["lora - base = -0.00190", "full - base = +0.00200"]),
+        (torch.bfloat16, [0.0, -0.4, 0.3], ["lora - base = +0.00000"]),
+        (torch.bfloat16, [-0.0021, 0.4, 0.3], []),
+        (torch.float16, [-0.0019, 0.0002, 0.0021], ["full - base = +0.00020"]),
+        (torch.float16, [-0.0019, 0.002, 0.0021], []),
+        (torch.float32, [-0.0019, 0.0, 1e-7], []),
+    ],
+)
+def test_differences_as_small_as_the_rounding_are_named(script, dtype, differences, named):
+    compared = [
+        {"a": a, "b": b, "metric": metric, "difference": difference if metric == "nll_per_token" else 0.0}
+        for metric in METRICS
+        for (a, b), difference in zip(PAIRS, differences, strict=True)
+    ]
+    notes = script.rounding(dtype, compared)
+    assert len(notes) == (1 if named else 0)
+    for language in ("en", "zh"):
+        for text in (sentence(note, load_words(language)) for note in notes):
+            assert all(pair in text for pair in named) and text.count(" = ") == len(named)
+            assert str(dtype).removeprefix("torch.") in text and "4_evaluate_compare.py --precision fp32" in text
+
+
 # --- end to end
 
 
@@ -1124,6 +1149,31 @@ def test_what_was_not_trained_is_named_and_the_rest_compared(call, missing, left
     assert results["data"]["test_rows"] == 5 and results["models"]["base"]["forgetting"] is None
     page = Page((call.folder / "outputs/evaluation_report.html").read_text("utf-8"))
     assert final in page.text
+
+
+@pytest.mark.parametrize("precision, language", [("bf16", "en"), ("bf16", "zh"), ("fp32", "en")])
+def test_a_report_says_where_the_rounding_is_as_large_as_a_difference(call, tiny, precision, language):
+    """A LoRA of zeros and a full model of the base's weights differ by nothing: too little for bf16, so it is said."""
+    from safetensors.torch import load_file, save_file
+
+    log = call.folder / "outputs/lora_model/training_log.json"
+    log.write_text(re.sub('"USE_4BIT": true', '"USE_4BIT": false', log.read_text("utf-8")), encoding="utf-8")
+    adapter = call.folder / "outputs/lora_model/final_lora_adapter/adapter_model.safetensors"
+    tensors = {key: tensor * ("lora_B" not in key) for key, tensor in load_file(adapter).items()}
+    save_file(tensors, adapter, metadata={"format": "pt"})
+    shutil.copy(tiny / "model.safetensors", call.folder / "outputs/full_model/final_model")
+    code, _, out = call(PRECISION=precision, REPORT_LANGUAGE=language)
+    assert code == 0
+    results = json.loads((call.folder / "outputs/evaluation_results.json").read_text("utf-8"))
+    report = Page((call.folder / "outputs/evaluation_report.html").read_text("utf-8")).text
+    said = [plain(text) for text in results["warnings"] if "full - lora" in text]
+    if precision == "fp32":
+        assert said == [] and "fp32" not in out.partition("\n\n")[2] and "full - lora =" not in report
+        return
+    assert len(said) == 1 and "bfloat16" in said[0] and "4_evaluate_compare.py --precision fp32" in said[0]
+    assert all("full - lora = +0.00000" in text for text in (said[0], report, out))
+    assert all("--precision fp32" in text for text in (report, out))
+    assert ("舍入误差" if language == "zh" else "scoring in bfloat16 rounds the nll") in report
 
 
 def test_nothing_trained_names_both_commands(trained, tiny, tmp_path):
