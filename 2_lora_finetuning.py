@@ -161,7 +161,7 @@ def build_model(settings, plan: Plan, target: torch.device) -> PreTrainedModel:
             hub.model_path(settings.MODEL_NAME),
             revision=settings.MODEL_REVISION,
             dtype=plan.dtype,
-            attn_implementation=plan.attention,
+            attn_implementation=plan.attn_implementation,
             quantization_config=device.nf4(plan.dtype) if settings.USE_4BIT else None,
             device_map=device.placement(target, settings.USE_4BIT),
         )

@@ -146,7 +146,7 @@ def build_model(settings, plan: Plan, target: torch.device) -> PreTrainedModel:
             hub.model_path(settings.MODEL_NAME),
             revision=settings.MODEL_REVISION,
             dtype=torch.bfloat16 if plan.half_weights else torch.float32,
-            attn_implementation=plan.attention,
+            attn_implementation=plan.attn_implementation,
             device_map=device.placement(target),
         )
 

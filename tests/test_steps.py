@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import SCRIPTS, load_script
 from datasets import Dataset
-from test_training import arguments, plan_of, token_row
+from test_training import arguments, constants, plan_of, token_row
 from transformers import AutoModelForCausalLM
 from trl.trainer import utils as trl_utils
 
 from configs import chat
 from configs.training import trainer as trainer_module
+from configs.training.sizes import Sizes
 from configs.training.trainer import ExactTrainer, StepSampler, cut
 
 LORA, FULL = SCRIPTS[1], SCRIPTS[2]
@@ -240,6 +241,16 @@ def test_packed_rows_train_as_padded_ones(scripts, tokenizer, tiny, rows, tmp_pa
 
 
 # --- what a pass computes
+
+
+def test_a_model_without_sdpa_is_trained_with_its_own_attention(scripts, tmp_path, tiny):
+    """Gemma 2 caps its attention's logits, which sdpa cannot: asked for sdpa by name, it does not load."""
+    gemma = tiny_model("soft cap", tiny)
+    gemma.save_pretrained(tmp_path)
+    assert Sizes(gemma.config, None, torch.float32, 64).layer > 0
+    c = constants(FULL, MODEL_NAME=str(tmp_path))
+    model = scripts[FULL].build_model(c, plan_of(c), torch.device("cpu"))
+    assert model.config._attn_implementation == "eager"
 
 
 def tiny_model(kind: str, tiny):

@@ -413,7 +413,7 @@ def test_what_was_saved_is_what_was_measured(script, uninterrupted, full_run):
     log, folder = log_of(work, script), str(work / FINAL[script])
     if script == LORA:
         settings = SimpleNamespace(**{**log["settings"], "MODEL_NAME": str(work / "model")})
-        plan = SimpleNamespace(attention="sdpa", dtype=torch.float32)
+        plan = SimpleNamespace(attn_implementation=None, dtype=torch.float32)
         base = load_script(LORA).build_model(settings, plan, torch.device("cpu"))
         model = PeftModel.from_pretrained(base, folder)
         device.keep_4bit_layout(model)

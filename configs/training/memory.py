@@ -56,6 +56,11 @@ class Plan:
         return next(dtype for dtype, name in NAMES.items() if name == self.precision)
 
     @property
+    def attn_implementation(self) -> str | None:
+        """What a model is loaded with: sdpa is every model's own choice where it has it, and refused elsewhere."""
+        return None if self.attention == "sdpa" else self.attention
+
+    @property
     def total(self) -> int:
         return sum(self.parts.values())
 

@@ -45,7 +45,7 @@ class Sizes:
 
     def __init__(self, config, adapter, dtype: torch.dtype, length: int):
         # fp16's attention is computed in fp32 and keeps more; flash attention cannot run without storage
-        self.attention = "sdpa_fp32" if device.attention(dtype) == "sdpa_fp32" else "sdpa"
+        self.fp32_attention = device.attention(dtype) == "sdpa_fp32"
         with init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(config)
             model.tie_weights()
@@ -75,7 +75,8 @@ class Sizes:
         """Bytes that autograd keeps of a row of `length` tokens through `layers` layers, without the head."""
         config = copy.deepcopy(config)
         config.get_text_config().num_hidden_layers = layers
-        config._attn_implementation = self.attention
+        if self.fp32_attention:
+            config._attn_implementation = "sdpa_fp32"
         kept: dict[int, torch.Tensor] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
