@@ -274,7 +274,10 @@ def prepare(options, folder: Path) -> Work:
         for part, limit in (("train", options.train_rows), ("validation", None))
     )
     assert len(train) == options.train_rows, f"there are {len(train)} rows to train on: --train_rows {len(train)}"
-    shutil.copytree(model, folder / "model")
+    (folder / "model").mkdir()
+    for path in model.iterdir():
+        if path.is_file():  # without its mode: the original may be read-only
+            shutil.copyfile(path, folder / "model" / path.name)
     tokenizer.save_pretrained(folder / "model")  # with the chat template
     dtype, _ = device.precision("auto")
     precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
