@@ -29,6 +29,8 @@ def save_final(trainer: ExactTrainer, name: str, dtype: torch.dtype | None, log:
         model.peft_config["default"].base_model_name_or_path = hub.model_path(log.head["model_name"])
     model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, chat.answer_end(tokenizer)})
     model.config.get_text_config().use_cache = True  # gradient checkpointing has switched it off, and answers need it
+    if trainer.is_fsdp_enabled:  # the checkpoints were shards
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     with handover.replacing(output) as new:
         trainer.save_model(str(new / name))  # gathers the shards of DeepSpeed; writes in the main process only
         if trainer.is_world_process_zero():

@@ -297,7 +297,21 @@ class ExactTrainer(SFTTrainer):
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         with self.pause():
+            if self.is_fsdp_enabled:
+                # the library asks whether the folder of the best checkpoint is there before FSDP's shards make it: one
+                # process might see it and another not, and only one of them would then load it and wait for ever
+                folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+                os.makedirs(folder, exist_ok=True)
             super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, *args, **kwargs) -> None:
+        """As the Trainer does; ZeRO-3's weights are brought together whatever DeepSpeed's configuration says.
+
+        (Where it does not ask for that, the Trainer would leave a final folder without weights.)
+        """
+        if self.is_deepspeed_enabled:
+            self.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
+        super().save_model(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.logged:
