@@ -4,12 +4,14 @@ import contextlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,10 +96,32 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+# How long a process waits for the others before the run ends. What one of them does alone must fit in it: writing a
+# checkpoint or the final model, and being the slower one to load the base.
+PATIENCE = timedelta(minutes=10)
+
+
 def join() -> None:
     """Meet the other processes, each on its own GPU; a lone process has nothing to do."""
     if launched():
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def machine() -> tuple[str, str]:
+    """(number of this machine among those that train together, its name). torchrun, accelerate and DeepSpeed count."""
+    return os.environ.get("GROUP_RANK") or os.environ.get("CROSS_RANK") or "0", platform.node()
+
+
+def lost_process(error: BaseException) -> str:
+    """What an error says of another process that is gone or does not answer, in one line; "" for other errors.
+
+    gloo (on the CPU) raises RuntimeErrors that name its own files; NCCL and the store raise torch's DistErrors.
+    """
+    text = str(error).splitlines()[0] if str(error) else ""
+    gloo = isinstance(error, RuntimeError) and "gloo" in text and re.search("peer|[Tt]imed out|Broken pipe", text)
+    if launched() and (gloo or isinstance(error, torch.distributed.DistError)):
+        return re.sub(r"^\[\S+\] ", "", text)  # without the name of a source file
+    return ""
 
 
 T = TypeVar("T")

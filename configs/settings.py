@@ -18,6 +18,7 @@ import select
 import shlex
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, make_dataclass
@@ -59,6 +60,11 @@ def main_process() -> bool:
     return os.environ.get("RANK", "") in ("", "0")
 
 
+def first_on_machine() -> bool:
+    """True in the only process, or in the first of several on this machine."""
+    return os.environ.get("LOCAL_RANK", "") in ("", "0")
+
+
 def say(*words: object) -> None:
     """Print one line, once per run however many processes there are."""
     if main_process():
@@ -66,8 +72,14 @@ def say(*words: object) -> None:
 
 
 def fail(*problems: object) -> NoReturn:
-    """Print each problem as `error: ...` on stderr and end the program with exit code 2 (user's mistake)."""
+    """Print each problem as `error: ...` on stderr and end the program with exit code 2 (user's mistake).
+
+    Several processes mostly fail alike: the first one of a machine says it, and the launcher then ends the others.
+    What only another one has to say, it says a little later.
+    """
     _flush()
+    if not first_on_machine():
+        time.sleep(5)
     for problem in dict.fromkeys(map(str, problems)):
         print(f"error: {problem}", file=sys.stderr)
     raise SystemExit(2)

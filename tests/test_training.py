@@ -385,15 +385,37 @@ def test_settings_problems_come_together():
     assert len(problems(EVAL_STEPS=2.5, SAVE_STEPS=3.5, REPORT_TO="x")) == 3
 
 
-def test_4bit_with_zero_3_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("asked", "way"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO-3"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_config_zero3.json"}, "ZeRO-3"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+    ],
+    ids=["zero_stage", "deepspeed_config_file", "fsdp"],
+)
+def test_what_a_split_model_cannot_do_is_refused(asked, way, monkeypatch):
+    """However ZeRO-3 or FSDP was asked for: a 4-bit base, and merging the adapter."""
     assert problems() == []
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.chdir(ROOT / "configs")
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
     (found,) = problems()
-    assert "ZeRO-3 cannot split a 4-bit base" in found
-    assert "--zero_stage 2" in found and "--use_4bit false" in found
+    assert f"{way} cannot split a 4-bit base" in found
+    for out in ("configs/accelerate/ddp.yaml", "--zero_stage 2", "--use_4bit false"):
+        assert out in found
     assert problems(USE_4BIT=False) == problems(SCRIPTS[2]) == []
+    (found,) = problems(USE_4BIT=False, MERGE_ADAPTER=True)
+    assert f"{way} splits it" in found and "--merge_adapter --resume true" in found
+
+
+def test_zero_2_holds_whole_models(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    assert problems() == []
+    assert problems() == problems(MERGE_ADAPTER=True) == []
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "typo.json")
+    (found,) = problems()
+    assert "--deepspeed_config_file 'typo.json' is missing" in found
 
 
 def test_deepspeed_config_is_looked_at(tmp_path, monkeypatch):

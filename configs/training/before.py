@@ -1,6 +1,7 @@
 """What is looked at before a training starts: settings, machine, other processes, an older run, the rows."""
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -8,7 +9,10 @@ import math
 import os
 import secrets
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -16,9 +20,9 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from configs import chat, device, handover, hub
-from configs.settings import fail, main_process, say
-from configs.training.memory import Plan, processes
-from configs.training.trainer import StepSampler, cut
+from configs.settings import command, fail, first_on_machine, main_process, say
+from configs.training.memory import Plan, processes, sharing
+from configs.training.trainer import StepSampler, cut, deepspeed_path
 
 # --- settings and model
 
@@ -42,32 +46,52 @@ def problems(settings: dict) -> list[str]:
             wrong.append(f"REPORT_TO is {tracker!r}, which is not installed: pip install {tracker}")
     if "none" in settings["REPORT_TO"] and settings["REPORT_TO"].strip() != "none":
         wrong.append(f"REPORT_TO is {settings['REPORT_TO']!r}; none stands alone: --report_to none")
-    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    if settings.get("USE_4BIT") and zero3:
-        wrong.append(
-            "ZeRO-3 cannot split a 4-bit base: launch with --zero_stage 2, or train LoRA over 16 bits: --use_4bit "
-            "false"
-        )
-    if settings.get("USE_DEEPSPEED"):
-        path, text = hub.local_path(settings["DEEPSPEED_CONFIG"]), None
+    if not (in_file := deepspeed_problems(SimpleNamespace(**settings))):
+        wrong += splitting_problems(SimpleNamespace(**settings))
+    return wrong + in_file
+
+
+def deepspeed_problems(settings) -> list[str]:
+    """What is wrong with the DeepSpeed configuration in force: DEEPSPEED_CONFIG's, or the launcher's."""
+    name, given = "DEEPSPEED_CONFIG", settings.DEEPSPEED_CONFIG if getattr(settings, "USE_DEEPSPEED", False) else None
+    path = hub.local_path(given) if given else None
+    if given is None and (given := deepspeed_path(settings)):
+        name, path = "--deepspeed_config_file", Path(given)
+    text = ""
+    if given:
         if path is None or not path.is_file():
-            wrong.append(
-                f"DEEPSPEED_CONFIG {settings['DEEPSPEED_CONFIG']!r} is missing or no file; use configs/ds_config.json"
-            )
-        else:
+            return [f"{name} {given!r} is missing or no file; use configs/ds_config.json"]
+        try:
             text = path.read_text("utf-8")
-            try:
-                config = json.loads(text)
-                if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-                    raise ValueError("an object with an object zero_optimization is needed")
-            except ValueError as error:
-                wrong.append(
-                    f"DEEPSPEED_CONFIG {path} is not JSON of the right shape ({error}); compare configs/ds_config.json"
-                )
-        if text and "offload" in text and not shutil.which("nvcc"):
-            wrong.append(
-                f"{path} offloads to the CPU, which compiles with the CUDA toolkit, and nvcc is not there; install it"
-            )
+            config = json.loads(text)
+            if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+                raise ValueError("an object with an object zero_optimization is needed")
+        except ValueError as error:
+            return [f"{name} {path} is not JSON of the right shape ({error}); compare configs/ds_config.json"]
+    if ("offload" in text or sharing(settings)["offload"]) and not shutil.which("nvcc"):
+        who = path or "the launcher's configuration"
+        return [f"{who} offloads to the CPU, which compiles with the CUDA toolkit, and nvcc is not there; install it"]
+    return []
+
+
+def splitting_problems(settings) -> list[str]:
+    """What cannot be done with a model whose weights are shared out over the processes."""
+    split = sharing(settings)
+    way = {("deepspeed", 3): "ZeRO-3", ("fsdp", 3): "FSDP"}.get((split["engine"], split["stage"]))
+    if way is None:
+        return []
+    wrong = []
+    if getattr(settings, "USE_4BIT", False):
+        wrong.append(
+            f"{way} cannot split a 4-bit base: launch with configs/accelerate/ddp.yaml, with --zero_stage 2, or train "
+            "LoRA over 16 bits: --use_4bit false"
+        )
+    if getattr(settings, "MERGE_ADAPTER", False):
+        merge = command(handover.LORA, "--merge_adapter", "--resume", "true")
+        wrong.append(
+            f"MERGE_ADAPTER needs the whole model in one process, and {way} splits it: train without it, and merge "
+            f"afterwards in one process: {merge}"
+        )
     return wrong
 
 
@@ -118,6 +142,8 @@ def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Pla
     sampler = StepSampler(lengths, step, settings.SEED)
     passes = [lengths[numbers][part] for numbers in sampler.steps() for part in cut(lengths[numbers], plan.tokens)]
     padding = 0 if plan.packing else 1 - lengths.sum() / sum(len(part) * part.max() for part in passes)
+    if sharing(settings)["engine"] == "fsdp":
+        say("note: FSDP was not tried on a GPU yet; on the CPU, accelerate takes DDP instead")
     say(
         f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, {padding:.1%} padding; "
         f"{len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} of them warm-up"
@@ -128,51 +154,61 @@ def meet(settings) -> dict:
     """The manifest of the data, after all processes have met and seen the same data and the same OUTPUT_DIR.
 
     Raises: SystemExit(2) in all of them where one has no data or others, or another OUTPUT_DIR (machines that share no
-    folder), with the ways out.
+    folder), with the ways out. From here on, the loss of another process ends this one in one line, with exit code 1.
     """
     device.join()
-    manifest, code = None, None
-    try:
-        manifest = handover.read_manifest(settings.DATA_DIR)
-    except SystemExit as ending:
-        code = ending.code
     if not device.launched():
-        if code is not None:
-            raise SystemExit(code)
-        return manifest
+        return handover.read_manifest(settings.DATA_DIR)
+    sys.excepthook = functools.partial(_say_lost, settings.OUTPUT_DIR, sys.excepthook)
+    manifest, code = None, None
+    if first_on_machine():  # those of one machine see the same files
+        try:
+            manifest = handover.read_manifest(settings.DATA_DIR)
+        except SystemExit as ending:
+            code = ending.code
     output = Path(settings.OUTPUT_DIR)
     token = device.decided_once(lambda: _leave_token(output))
-    machine = os.environ.get("GROUP_RANK", "0")
-    mine = (machine, code, manifest and manifest["manifest_sha256"], (output / token).exists())
-    found = gather_object([mine])  # no process is beyond this line before all have looked
+    mine = (device.machine(), code, manifest and manifest["manifest_sha256"], (output / token).exists())
+    met = gather_object([mine])  # no process is beyond this line before all have looked
     if main_process():
         (output / token).unlink(missing_ok=True)
-    if any(code is not None for _, code, _, _ in found):
+    if any(code is not None for _, code, _, _ in met):
         raise SystemExit(2)
-    if lacking := sorted({machine for machine, _, _, seen in found if not seen}):
-        problem = (
-            f"machine {', '.join(lacking)} does not see the OUTPUT_DIR of machine 0, {output.resolve()}; put it on a "
-            "file system that all machines share: --output_dir /shared/PATH, or train on one machine"
+    if lacking := sorted({f"{number} ({name})" for (number, name), _, _, seen in met if not seen}):
+        fail(
+            f"machine {', '.join(lacking)} does not see the OUTPUT_DIR of machine 0, {settings.OUTPUT_DIR}; put it on "
+            "a file system that all machines share: --output_dir /shared/PATH, or train on one machine"
         )
-        _fail_once(problem)
-    if len({sha for _, _, sha, _ in found}) > 1:
-        _fail_once(
-            f"{settings.DATA_DIR} differs between the machines (manifest_sha256); copy it from machine 0, or put it "
-            "on a file system that all share: --data_dir /shared/PATH"
+    if len({sha for _, _, sha, _ in met if sha}) > 1:
+        fail(
+            f"DATA_DIR {settings.DATA_DIR} differs between the machines (manifest_sha256); copy it from machine 0, or "
+            "put it on a file system that all share: --data_dir /shared/PATH"
         )
-    return manifest
+    return manifest or handover.read_manifest(settings.DATA_DIR)
+
+
+def _say_lost(output_dir: str, otherwise: Callable, kind: type, error: BaseException, trace) -> None:
+    """An excepthook: one line where another process was lost, with what goes on."""
+    why = device.lost_process(error)
+    if not why:
+        return otherwise(kind, error, trace)
+    if first_on_machine():
+        last = last_checkpoint(output_dir)
+        goes_on = f"it goes on from {last}" if last else "no checkpoint was saved, so it begins anew"
+        words = (
+            f"error: another process ended, or did not answer within {device.PATIENCE.seconds // 60} minutes ({why}); "
+            f"see why on its machine, then start all of them again with the same command: {goes_on}"
+        )
+        print(words, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # a plain exit would wait for the process that is gone
 
 
 def _leave_token(output: Path) -> str:
     name = f".met-{secrets.token_hex(8)}"
     handover.write_text(output / name, "")
     return name
-
-
-def _fail_once(problem: str) -> None:
-    if main_process():
-        fail(problem)
-    raise SystemExit(2)
 
 
 def resume_point(
@@ -183,14 +219,7 @@ def resume_point(
     resume: True goes on or ends with exit code 2; False starts afresh; "auto" goes on where an unfinished run with the
     same settings and data lies. A checkpoint that was cut off while it was written is not used.
     """
-    folder = Path(output_dir)
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            # the Trainer writes this file last
-            complete.append((json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path))
-    last = max(complete)[1] if complete else None
-
+    folder, last = Path(output_dir), last_checkpoint(output_dir)
     log, why = {}, "there is no checkpoint"
     with contextlib.suppress(OSError, ValueError):
         log = json.loads((folder / "training_log.json").read_text("utf-8"))
@@ -208,6 +237,16 @@ def resume_point(
     if last and resume is not False:
         say(f"starting afresh; the older run in {output_dir} is not continued: {why}")
     return None, None
+
+
+def last_checkpoint(output_dir: str) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    complete = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            # the Trainer writes this file last
+            complete.append((json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path))
+    return max(complete)[1] if complete else None
 
 
 def clear_unless(checkpoint: str | None, output_dir: str) -> None:
