@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SCRIPTS = ["1_prepare_dataset.py", "2_lora_finetuning.py", "3_full_finetuning.py", "4_evaluate_compare.py"]
 
+# The GPU that the GPU tests give back to their children: the first that the user lets us see, or "" for none. It
+# stands in the environment because the workers of pytest-xdist find CUDA_VISIBLE_DEVICES hidden already.
+os.environ.setdefault("TEST_GPU", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
 # Nothing a test starts may reach out, find this machine's GPU or its user's caches, or fight over the cores.
 os.environ.update(
     HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_DISABLE_TELEMETRY="1", CI="1"
@@ -23,14 +26,6 @@ os.environ.pop("HF_TOKEN", None)
 # A shell that puts the suite into the background lets it ignore Ctrl-C, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_modifyitems(items):
-    import torch
-
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 def run(*command: object, cwd: Path, env: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:

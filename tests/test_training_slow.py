@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -216,54 +215,11 @@ def test_a_finished_run_starts_afresh(trained, tiny, tmp_path):
     assert len(list((work / FOLDER[LORA] / "runs").glob("events*"))) == 2  # the older run's events are gone
 
 
-# --- several processes, DeepSpeed
-
-
-def launch(work: Path, script: str, *flags: str) -> str:
-    """A script in two processes of this machine (gloo), as torchrun starts it."""
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / script, *flags]
-    return ok(run(*words, cwd=work, env={**os.environ, "ACCELERATE_USE_CPU": "1"}))
+# --- DeepSpeed (several processes: test_distributed.py)
 
 
 def evals(log: dict) -> list[tuple[int, float]]:
     return [(r["step"], r["eval_loss"]) for r in log["history"] if "eval_loss" in r]
-
-
-def test_two_processes_of_lora(fresh, trained):
-    work = fresh()
-    flags = "--model_name model --max_steps none --num_epochs 1 --max_train_samples 30".split()
-    output = launch(work, LORA, *SHORT, *flags)
-    log, single = log_of(work, LORA), log_of(trained, LORA)
-    assert log["environment"]["processes"] == 2 and single["environment"]["processes"] == 1
-    assert output.count("done: ") == output.count("30 rows of") == output.count("memory plan") == 1  # said once
-    # one process would need twice as many steps
-    assert log["summary"]["steps"] == math.ceil(30 / (2 * 2 * 2)) == 4
-    assert (log["summary"]["epochs"], log["summary"]["status"]) == (1, "done")
-    # nothing is counted twice where the rows of the two were brought together
-    assert evals(log)[0] == pytest.approx(evals(single)[0], abs=1e-5)
-    tokens = [[r["eval_tokens"] for r in each["history"] if "eval_tokens" in r] for each in (log, single)]
-    assert set(tokens[0]) == set(tokens[1])
-    assert files_of(work / FINAL[LORA]) == files_of(trained / FINAL[LORA])
-    assert weights(work, LORA).keys() == weights(trained, LORA).keys()
-
-
-def test_two_processes_take_the_same_steps_as_one(fresh):
-    """The same rows a step, in whichever process: the same losses and the same model."""
-    two, one = fresh(), fresh()
-    flags = [*SHORT, *"--model_name model --max_steps none --num_epochs 1 --max_train_samples 32".split()]
-    launch(two, FULL, *flags)
-    ok(run(FULL, *flags, "--gradient_accumulation_steps", "4", cwd=one))
-    logs = log_of(two, FULL), log_of(one, FULL)
-    assert [log["environment"]["processes"] for log in logs] == [2, 1]
-    assert [log["summary"]["steps"] for log in logs] == [4, 4]
-    losses = [[r["loss"] for r in log["history"] if "loss" in r] for log in logs]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    for a, b in zip(evals(logs[0]), evals(logs[1]), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
-    assert logs[0]["summary"]["tokens"] == logs[1]["summary"]["tokens"]
-    assert files_of(two / FINAL[FULL]) == files_of(one / FINAL[FULL])
-    for name, tensor in weights(one, FULL).items():
-        torch.testing.assert_close(weights(two, FULL)[name], tensor, rtol=0, atol=1e-3, msg=name)
 
 
 def test_deepspeed_under_plain_python(fresh, trained):
