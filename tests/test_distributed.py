@@ -5,13 +5,21 @@ A step is the same rows whatever the number of processes, so each run here must 
 
 import json
 import os
+import re
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, ok, run
 from safetensors.torch import load_file
+
+from configs import device
 
 pytestmark = pytest.mark.slow
 LORA, FULL = SCRIPTS[1:3]
@@ -138,3 +146,134 @@ def test_two_processes_have_the_losses_of_one(method, way, work, alone, pretende
     for key, tensor in reference.items():
         assert weights[key].dtype == tensor.dtype
         torch.testing.assert_close(weights[key], tensor, rtol=1e-2, atol=2e-3, msg=f"{way}: {key}")
+
+
+# --- what is refused
+
+
+def test_a_step_that_cannot_be_shared_out_is_refused_with_what_can(work):
+    three = [*TORCHRUN, "--standalone", "--nproc_per_node", "3"]
+    result = train(work, three, FULL, "three", env=ON_CPU)
+    assert result.returncode != 0
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "takes 2 x 4 = 8 rows, which 3 processes cannot share out evenly; start 1, 2, 4, 8 processes" in error
+    assert "--batch_size 2 --gradient_accumulation_steps 6" in error
+    assert not (work / "three" / "training_log.json").exists()
+
+
+# --- launch configurations and lines
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_configurations_are_what_accelerate_reads(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 2 and config.mixed_precision is None  # the script's PRECISION decides
+    head = path.read_text("utf-8").splitlines()[0:3]
+    assert any(f"accelerate launch --config_file configs/accelerate/{path.name}" in line for line in head)
+
+
+def test_the_batch_file_for_slurm_names_what_is_there():
+    path = ROOT / "configs/slurm_two_nodes.sh"
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+    names = re.findall(r"configs/\S+\.yaml|\d_\w+\.py", path.read_text("utf-8"))
+    assert len(names) == 3 and all((ROOT / name).is_file() for name in names)
+
+
+LINES = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("accelerate launch")]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_launch_lines_of_the_readme(line, work):
+    """As written, but for the device: two processes over gloo. accelerate would quietly run one process without
+    DeepSpeed on a CPU, so torchrun stands in for it there."""
+    assert line in (ROOT / "README.zh-CN.md").read_text("utf-8")
+    words = shlex.split(line)
+    script = next(word for word in words if word.endswith(".py"))
+    before, flags = words[2 : words.index(script)], words[words.index(script) + 1 :]
+    before[before.index("--num_processes") + 1] = "2"
+    launcher, env = [*ACCELERATE, "--main_process_port", "0", *before], {}
+    kind = "DEEPSPEED" if "zero" in line else "MULTI_CPU"
+    if "zero" not in " ".join(before):
+        launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
+        env = ON_CPU if kind == "MULTI_CPU" else {}
+    launcher = [f"{ROOT}/{word}" if word.startswith("configs/") else word for word in launcher]
+    name = f"readme_{LINES.index(line)}"
+    output = ok(train(work, launcher, script, name, *flags, env=env))
+    assert "note:" not in output
+    log = log_of(work / name)
+    assert (log["environment"]["distributed_type"], log["environment"]["processes"]) == (kind, 2)
+    assert log["summary"]["status"] == "done"
+
+
+# --- two machines
+
+
+def machines(work: Path, port: int, *flags: list[str]) -> list[subprocess.Popen]:
+    """Two launchers over loopback, each with one process and its own flags."""
+    children = []
+    for rank, own in enumerate(flags):
+        words = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", rank]
+        words += ["--master_addr", "127.0.0.1", "--master_port", port, ROOT / FULL, *TEN, *own]
+        children.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, words)],
+                cwd=work,
+                env={**os.environ, **ON_CPU},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+            )
+        )
+    return children
+
+
+def ends(children: list[subprocess.Popen]) -> list[tuple[int, str, list[str]]]:
+    """(exit code, what was printed, lines that begin with error:) of each launcher."""
+    outputs = [child.communicate(timeout=240) for child in children]
+    return [
+        (child.returncode, out, [line for line in err.splitlines() if line.startswith("error: ")])
+        for child, (out, err) in zip(children, outputs, strict=True)
+    ]
+
+
+def test_two_machines_train_lose_one_another_and_go_on(work, alone):
+    slow = ["--output_dir", "nodes", "--max_steps", "10", "--eval_steps", "2", "--save_steps", "2"]
+    children = machines(work, device.free_port(), slow, slow)
+    log, deadline = work / "nodes" / "training_log.json", time.monotonic() + 200
+    while time.monotonic() < deadline and not list((work / "nodes").glob("checkpoint-*/trainer_state.json")):
+        time.sleep(0.02)
+    os.killpg(children[1].pid, signal.SIGKILL)
+    children[1].communicate()
+    code, _, errors = ends(children[:1])[0]
+    assert code != 0 and len(errors) == 1, errors
+    assert "another process ended, or did not answer within 10 minutes" in errors[0]
+    assert "start all of them again with the same command: it goes on from nodes/checkpoint-" in errors[0]
+    assert json.loads(log.read_text("utf-8"))["summary"]["status"] == "running"
+    both = ends(machines(work, device.free_port(), slow, slow))
+    assert [code for code, _, _ in both] == [0, 0], both
+    assert "resuming from nodes/checkpoint-" in both[0][1]
+    after, one = log_of(work / "nodes"), log_of(alone[FULL])
+    assert after["summary"]["status"] == "done" and after["environment"]["processes"] == 2
+    assert values(after, "loss") == pytest.approx(values(one, "loss"), rel=1e-4)
+
+
+def test_two_machines_that_share_no_folder_are_refused(work):
+    own = ["--output_dir", "mine"], ["--output_dir", "yours"]
+    found = ends(machines(work, device.free_port(), *own))
+    assert all(code != 0 for code, _, _ in found)
+    errors = [error for _, _, errors in found for error in errors]
+    assert errors and all("does not see the OUTPUT_DIR of machine 0" in error for error in errors)
+    assert "--output_dir /shared/PATH, or train on one machine" in errors[0]
+    other = work / "other_data"
+    shutil.copytree(work / "data", other)
+    manifest = json.loads((other / "manifest.json").read_text("utf-8"))
+    (other / "manifest.json").write_text(json.dumps({**manifest, "seed": 7}), "utf-8")
+    flags = ["--output_dir", "ours"], ["--output_dir", "ours", "--data_dir", "other_data"]
+    found = ends(machines(work, device.free_port(), *flags))
+    errors = [error for _, _, errors in found for error in errors]
+    assert all(code != 0 for code, _, _ in found)
+    assert errors and all("differs between the machines (manifest_sha256)" in error for error in errors)
