@@ -8,12 +8,12 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, ok, run
@@ -225,7 +225,6 @@ def machines(work: Path, port: int, *flags: list[str]) -> list[subprocess.Popen]
                 stderr=subprocess.PIPE,
                 stdin=subprocess.DEVNULL,
                 text=True,
-                start_new_session=True,
             )
         )
     return children
@@ -246,7 +245,9 @@ def test_two_machines_train_lose_one_another_and_go_on(work, alone):
     log, deadline = work / "nodes" / "training_log.json", time.monotonic() + 200
     while time.monotonic() < deadline and not list((work / "nodes").glob("checkpoint-*/trainer_state.json")):
         time.sleep(0.02)
-    os.killpg(children[1].pid, signal.SIGKILL)
+    launcher = psutil.Process(children[1].pid)
+    for process in [launcher, *launcher.children(recursive=True)]:  # torchrun's processes have sessions of their own
+        process.kill()
     children[1].communicate()
     code, _, errors = ends(children[:1])[0]
     assert code != 0 and len(errors) == 1, errors
