@@ -15,6 +15,7 @@ TESTS = "pip install -r requirements.txt -r tests/requirements.txt && python -m 
 CONSTANTS = {name: read_constants(ROOT / name) for name in SCRIPTS}
 SETTINGS = {name for constants in CONSTANTS.values() for name in constants}
 RUN_ALL = {"--steps", "--yes", "--demo", "--language", "--preset", "--help"}
+LAUNCHERS = {"--machine_rank"}  # flags of accelerate and torchrun
 # Upper-case words in backticks that are not settings of ours.
 ENVIRONMENT = {
     "HF_ENDPOINT",
@@ -56,7 +57,15 @@ def commands(readme: str) -> list[list[str]]:
                 while words[1:] and re.match(r"[A-Z_]+=", words[0]):
                     words.pop(0)
                 # `accelerate launch` and `python` alone are names of tools, not commands
-                if words and len(words) > {"python": 1, "bash": 1, "accelerate": 2, "pip": 2}.get(words[0], 99):
+                alone = {"python": 1, "bash": 1, "accelerate": 2, "torchrun": 1, "sbatch": 1, "pip": 2}
+                if words and len(words) > {
+                    "python": 1,
+                    "bash": 1,
+                    "accelerate": 2,
+                    "torchrun": 1,
+                    "sbatch": 1,
+                    "pip": 2,
+                }.get(words[0], 99):
                     found.append(words)
     return found
 
@@ -141,10 +150,10 @@ def test_every_command_is_accepted(readme, capsys):
             assert not word.startswith((".ci/", "configs/", "tests/")) or (ROOT / word).exists(), given
         if words[:2] == ["python", "-m"]:
             assert words[2] == "pytest", given
-        elif words[0] in ("python", "accelerate"):
+        elif words[0] in ("python", "accelerate", "torchrun"):
             at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
             assert at is not None, given
-            assert words[0] == "accelerate" or at == 1, given
+            assert words[0] != "python" or at == 1, given
             assert (ROOT / words[at]).is_file(), given
             try:
                 check(words[at], ["demo" if word == "my.yaml" else word for word in words[at + 1 :]])
@@ -158,7 +167,7 @@ def test_every_flag_and_setting_in_backticks_exists(readme):
         if span.startswith("--"):
             for word in span.split():
                 name = word.partition("=")[0]
-                if name.startswith("--") and name not in RUN_ALL:
+                if name.startswith("--") and name not in RUN_ALL | LAUNCHERS:
                     section, _, setting = name[2:].rpartition(".")
                     assert setting.replace("-", "_").upper() in SETTINGS, span
                     assert section in ("", "prepare", "lora", "full", "evaluate"), span
