@@ -120,7 +120,7 @@ def lost_process(error: BaseException) -> str:
     text = str(error).splitlines()[0] if str(error) else ""
     gloo = isinstance(error, RuntimeError) and "gloo" in text and re.search("peer|[Tt]imed out|Broken pipe", text)
     if launched() and (gloo or isinstance(error, torch.distributed.DistError)):
-        return re.sub(r"^\[\S+\] ", "", text)  # without the name of a source file
+        return re.sub(r"^\[\S+\] ", "", text).split(". ")[0]  # without a source file's name, and advice
     return ""
 
 
