@@ -6,8 +6,8 @@ A step is the same rows whatever the number of processes, so each run here must 
 import json
 import os
 import re
-import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, ok, run
+from conftest import ROOT, SCRIPTS, ok, run, write_rows
 from safetensors.torch import load_file
-
-from configs import device
 
 pytestmark = pytest.mark.slow
 LORA, FULL = SCRIPTS[1:3]
@@ -148,133 +146,325 @@ def test_two_processes_have_the_losses_of_one(method, way, work, alone, pretende
         torch.testing.assert_close(weights[key], tensor, rtol=1e-2, atol=2e-3, msg=f"{way}: {key}")
 
 
-# --- what is refused
+def errors(result: subprocess.CompletedProcess) -> list[str]:
+    """What our scripts said on stderr. (The launcher adds a traceback of its own where a process has failed.)"""
+    assert str(ROOT / "configs") not in result.stderr, result.stderr[-4000:]
+    return [line for line in result.stderr.splitlines() if "error: " in line and "Error: " not in line]
 
 
-def test_a_step_that_cannot_be_shared_out_is_refused_with_what_can(work):
-    three = [*TORCHRUN, "--standalone", "--nproc_per_node", "3"]
-    result = train(work, three, FULL, "three", env=ON_CPU)
-    assert result.returncode != 0
-    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "takes 2 x 4 = 8 rows, which 3 processes cannot share out evenly; start 1, 2, 4, 8 processes" in error
-    assert "--batch_size 2 --gradient_accumulation_steps 6" in error
-    assert not (work / "three" / "training_log.json").exists()
+def test_a_step_that_cannot_be_shared_out_is_refused_once(work):
+    result = train(work, [*TORCHRUN, "--standalone", "--nproc_per_node", "3"], FULL, "three", env=ON_CPU)
+    (error,) = errors(result)
+    assert result.returncode != 0 and re.search(r"exitcode +: 2 ", result.stderr)
+    assert "2 x 4 = 8 rows, which 3 processes cannot share out evenly" in error
+    assert "start 1, 2, 4, 8 processes" in error and "--batch_size 2 --gradient_accumulation_steps 6" in error
+    assert not list((work / "three").glob("checkpoint-*"))
 
 
-# --- launch configurations and lines
+def test_two_processes_go_on_where_they_were_ended(work, alone):
+    """Both get SIGTERM, as a scheduler sends it, save a checkpoint, and the same command goes on from there."""
+    words = [sys.executable, *TORCHRUN, *"--standalone --nproc_per_node 2".split(), ROOT / FULL, *TEN]
+    words += ["--output_dir", "ended"]
+    env = {**os.environ, **ON_CPU}
+    with subprocess.Popen(list(map(str, words)), cwd=work, env=env, stdout=-1, stderr=-2, text=True) as launcher:
+        wait_for(lambda: log_of(work / "ended")["summary"]["steps"] >= 3, launcher)
+        launcher.terminate()
+        output = launcher.communicate(timeout=120)[0]
+    assert log_of(work / "ended")["summary"]["status"] == "interrupted", output[-3000:]
+    step = log_of(work / "ended")["summary"]["steps"]
+    assert 3 <= step < 10 and f"saved ended/checkpoint-{step}" in output
+    ok(train(work, [*TORCHRUN, "--standalone", "--nproc_per_node", "2"], FULL, "ended", env=ON_CPU))
+    log = log_of(work / "ended")
+    assert log["summary"]["resumed_from"] == f"ended/checkpoint-{step}" and log["summary"]["steps"] == 10
+    assert values(log, "loss") == pytest.approx(values(log_of(alone[FULL]), "loss"), rel=1e-4)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_launch_configurations_are_what_accelerate_reads(path):
+def test_a_split_adapter_is_merged_afterwards(work, alone):
+    """The way out that before.problems names where MERGE_ADAPTER meets ZeRO-3."""
+    flags = [*LORA_16, "--output_dir", "merged"]
+    ok(run(*config("zero3"), ROOT / LORA, *TEN, *flags, cwd=work))
+    output = ok(run(LORA, *TEN, *flags, "--merge_adapter", "--resume", "true", cwd=work))
+    assert "merged: merged/merged_model" in output
+    merge = log_of(work / "merged")["merge"]
+    assert merge["nll_after"] == pytest.approx(merge["nll_before"], abs=2e-3)  # saved in the base's fp16
+
+
+# --- the configurations of accelerate
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs" / "accelerate").iterdir())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accelerate_takes_each_configuration_as_it_is(name, work):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(str(path))
-    assert config.num_processes >= 2 and config.mixed_precision is None  # the script's PRECISION decides
-    head = path.read_text("utf-8").splitlines()[0:3]
-    assert any(f"accelerate launch --config_file configs/accelerate/{path.name}" in line for line in head)
+    path = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    loaded = load_config_from_file(str(path))
+    assert loaded.mixed_precision is None  # PRECISION decides
+    kinds = {"ddp": "MULTI_GPU", "two_nodes": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert loaded.distributed_type.value == kinds.get(name, "DEEPSPEED")
+    first = path.read_text("utf-8").split("compute_environment")[0]
+    assert f"# accelerate launch --config_file configs/accelerate/{name}.yaml" in first
+    assert set(re.findall(r"\w+\.(?:py|yaml)", first)) <= {f"{name}.yaml", LORA, FULL}
 
 
-def test_the_batch_file_for_slurm_names_what_is_there():
-    path = ROOT / "configs/slurm_two_nodes.sh"
-    assert subprocess.run(["bash", "-n", path]).returncode == 0
-    names = re.findall(r"configs/\S+\.yaml|\d_\w+\.py", path.read_text("utf-8"))
-    assert len(names) == 3 and all((ROOT / name).is_file() for name in names)
+# What a training computed in, said when its process ends.
+SHOW = """
+import atexit, gc, sys
+def show():
+    if "trl" in sys.modules:
+        from trl import SFTTrainer
+        for trainer in [each for each in gc.get_objects() if isinstance(each, SFTTrainer)]:
+            engine = trainer.deepspeed and trainer.deepspeed.bfloat16_enabled()
+            policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+            print("computes in", trainer.accelerator.mixed_precision, engine, getattr(policy, "param_dtype", None))
+atexit.register(show)
+"""
 
 
-LINES = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("accelerate launch")]
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_the_script_chooses_the_precision(name, work, pretended, tmp_path):
+    """PRECISION bf16 is what DDP's autocast, DeepSpeed's engine and FSDP's policy compute in, without a note."""
+    (tmp_path / "sitecustomize.py").write_text(PRETEND + SHOW)
+    env = {**pretended, "PYTHONPATH": str(tmp_path)} if name == "fsdp2" else {"PYTHONPATH": str(tmp_path)}
+    result = train(work, config(name), FULL, f"bf16_{name}", "--precision", "bf16", "--max_steps", "2", env=env)
+    output = ok(result)
+    notes = [line for line in (output + result.stderr).splitlines() if line.startswith("note: ")]
+    assert all("FSDP" in note for note in notes) and len(notes) == (name == "fsdp2")
+    assert "were not passed to `accelerate launch`" not in result.stderr
+    expected = {"ddp": "bf16 None None", "fsdp2": "bf16 None torch.bfloat16"}.get(name, "bf16 True None")
+    assert output.count(f"computes in {expected}") == 2, output[-2000:]
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_launch_lines_of_the_readme(line, work):
-    """As written, but for the device: two processes over gloo. accelerate would quietly run one process without
-    DeepSpeed on a CPU, so torchrun stands in for it there."""
-    assert line in (ROOT / "README.zh-CN.md").read_text("utf-8")
-    words = shlex.split(line)
-    script = next(word for word in words if word.endswith(".py"))
-    before, flags = words[2 : words.index(script)], words[words.index(script) + 1 :]
-    before[before.index("--num_processes") + 1] = "2"
-    launcher, env = [*ACCELERATE, "--main_process_port", "0", *before], {}
-    kind = "DEEPSPEED" if "zero" in line else "MULTI_CPU"
-    if "zero" not in " ".join(before):
-        launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
-        env = ON_CPU if kind == "MULTI_CPU" else {}
-    launcher = [f"{ROOT}/{word}" if word.startswith("configs/") else word for word in launcher]
-    name = f"readme_{LINES.index(line)}"
-    output = ok(train(work, launcher, script, name, *flags, env=env))
-    assert "note:" not in output
-    log = log_of(work / name)
-    assert (log["environment"]["distributed_type"], log["environment"]["processes"]) == (kind, 2)
-    assert log["summary"]["status"] == "done"
+# --- the README's launch lines
+
+
+def launch_lines() -> list[str]:
+    text = (ROOT / "README.md").read_text("utf-8")
+    return re.findall(r"^(?:accelerate launch|torchrun) .*$", text, re.MULTILINE)
+
+
+def for_the_cpu(line: str, rank: int | None, port: int) -> list[str]:
+    """A launch line of the README with only that replaced which needs GPUs or other machines.
+
+    The number of processes is two; `accelerate launch` without a configuration counts GPUs, so it is told
+    --multi_gpu; addresses and shared folders of two machines are those of this one. Then the tiny model is added.
+    """
+    words = line.split()
+    for flag in ("--num_processes", "--nproc_per_node"):
+        if flag in words:
+            words[words.index(flag) + 1] = "2"
+    if words[0] == "accelerate":
+        words[:2] = ACCELERATE
+        if "--config_file" not in words:
+            words[2:2] = "--multi_gpu --num_processes 2".split()
+        words[2:2] = ["--main_process_port", str(port)]
+    else:
+        words[:1] = [*TORCHRUN, "--standalone"]
+    if rank is not None:
+        words[2:2] = ["--num_processes", "2"]
+        words[words.index("--machine_rank") + 1] = str(rank)
+        words[words.index("--main_process_ip") + 1] = "127.0.0.1"
+    words = [word.replace("/shared/", "") for word in words]
+    at = next(n for n, word in enumerate(words) if word.endswith(".py"))
+    words[at] = str(ROOT / words[at])
+    return [*words, *TEN, "--max_steps", "2"]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("line", launch_lines(), ids=lambda line: line[:70])
+def test_every_launch_line_of_the_readme_runs(line, work, tmp_path):
+    for name in ("data", "model"):
+        (tmp_path / name).symlink_to(work / name)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    port, ranks = free_port(), [0, 1] if "--machine_rank" in line else [None]
+    started = [Machine(for_the_cpu(line, rank, port), tmp_path) for rank in ranks]
+    for machine in started:
+        code, output = machine.end()
+        assert code == 0, output[-3000:]
+    script = LORA if LORA in line else FULL
+    folder = next(path.parent for path in tmp_path.rglob("training_log.json"))
+    environment = log_of(folder)["environment"]
+    kind = "DEEPSPEED" if "deepspeed" in line or "zero" in line else "MULTI_CPU"
+    assert (environment["distributed_type"], environment["processes"]) == (kind, 2)
+    final(folder, script)
 
 
 # --- two machines
 
 
-def machines(work: Path, port: int, *flags: list[str]) -> list[subprocess.Popen]:
-    """Two launchers over loopback, each with one process and its own flags."""
-    children = []
-    for rank, own in enumerate(flags):
-        words = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", rank]
-        words += ["--master_addr", "127.0.0.1", "--master_port", port, ROOT / FULL, *TEN, *own]
-        children.append(
-            subprocess.Popen(
-                [sys.executable, *map(str, words)],
-                cwd=work,
-                env={**os.environ, **ON_CPU},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+class Machine:
+    """A launcher of one machine, in the background."""
+
+    def __init__(self, words: list[str], cwd: Path, inside: tuple = (), env: dict | None = None):
+        self.log = cwd / f"launcher-{time.monotonic_ns()}.txt"
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*inside, sys.executable, *words],
+                cwd=cwd,
+                env={**os.environ, **(env or {})},
                 stdin=subprocess.DEVNULL,
-                text=True,
+                stdout=file,
+                stderr=subprocess.STDOUT,
             )
-        )
-    return children
+
+    def kill(self) -> None:
+        """SIGKILL for the launcher and what it started."""
+        for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
+            process.kill()
+        self.process.wait()
+
+    def end(self, timeout: float = 150) -> tuple[int, str]:
+        try:
+            return self.process.wait(timeout), self.log.read_text("utf-8")
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"did not end\n{self.log.read_text('utf-8')[-3000:]}")
 
 
-def ends(children: list[subprocess.Popen]) -> list[tuple[int, str, list[str]]]:
-    """(exit code, what was printed, lines that begin with error:) of each launcher."""
-    outputs = [child.communicate(timeout=240) for child in children]
-    return [
-        (child.returncode, out, [line for line in err.splitlines() if line.startswith("error: ")])
-        for child, (out, err) in zip(children, outputs, strict=True)
-    ]
+def wait_for(ready, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        assert process.poll() is None, "ended too early"
+        try:
+            if ready():
+                return
+        except OSError:  # no log yet
+            pass
+        time.sleep(0.01)
+    pytest.fail("nothing came")
 
 
-def test_two_machines_train_lose_one_another_and_go_on(work, alone):
-    slow = ["--output_dir", "nodes", "--max_steps", "10", "--eval_steps", "2", "--save_steps", "2"]
-    children = machines(work, device.free_port(), slow, slow)
-    log, deadline = work / "nodes" / "training_log.json", time.monotonic() + 200
-    while time.monotonic() < deadline and not list((work / "nodes").glob("checkpoint-*/trainer_state.json")):
-        time.sleep(0.02)
-    launcher = psutil.Process(children[1].pid)
-    for process in [launcher, *launcher.children(recursive=True)]:  # torchrun's processes have sessions of their own
-        process.kill()
-    children[1].communicate()
-    code, _, errors = ends(children[:1])[0]
-    assert code != 0 and len(errors) == 1, errors
-    assert "another process ended, or did not answer within 10 minutes" in errors[0]
-    assert "start all of them again with the same command: it goes on from nodes/checkpoint-" in errors[0]
-    assert json.loads(log.read_text("utf-8"))["summary"]["status"] == "running"
-    both = ends(machines(work, device.free_port(), slow, slow))
-    assert [code for code, _, _ in both] == [0, 0], both
-    assert "resuming from nodes/checkpoint-" in both[0][1]
-    after, one = log_of(work / "nodes"), log_of(alone[FULL])
-    assert after["summary"]["status"] == "done" and after["environment"]["processes"] == 2
-    assert values(after, "loss") == pytest.approx(values(one, "loss"), rel=1e-4)
+CABLE = """
+mount -t tmpfs none /run && ip link set lo up && ip netns add b && ip link add va type veth peer name vb netns b &&
+ip addr add 10.9.0.1/24 dev va && ip link set va up && ip netns exec b ip link set lo up &&
+ip netns exec b ip addr add 10.9.0.2/24 dev vb && ip netns exec b ip link set vb up && echo connected && exec cat
+"""
 
 
-def test_two_machines_that_share_no_folder_are_refused(work):
-    own = ["--output_dir", "mine"], ["--output_dir", "yours"]
-    found = ends(machines(work, device.free_port(), *own))
-    assert all(code != 0 for code, _, _ in found)
-    errors = [error for _, _, errors in found for error in errors]
-    assert errors and all("does not see the OUTPUT_DIR of machine 0" in error for error in errors)
-    assert "--output_dir /shared/PATH, or train on one machine" in errors[0]
-    other = work / "other_data"
-    shutil.copytree(work / "data", other)
-    manifest = json.loads((other / "manifest.json").read_text("utf-8"))
-    (other / "manifest.json").write_text(json.dumps({**manifest, "seed": 7}), "utf-8")
-    flags = ["--output_dir", "ours"], ["--output_dir", "ours", "--data_dir", "other_data"]
-    found = ends(machines(work, device.free_port(), *flags))
-    errors = [error for _, _, errors in found for error in errors]
-    assert all(code != 0 for code, _, _ in found)
-    assert errors and all("differs between the machines (manifest_sha256)" in error for error in errors)
+@pytest.fixture
+def two_machines(work):
+    """Starts script 3 on two machines, as configs/accelerate/two_nodes.yaml says: network namespaces with a cable.
+
+    Where this user may not make network namespaces: both on the loopback interface.
+    """
+    started: list[Machine] = []
+    holder = subprocess.Popen(["unshare", "-Urnm", "bash", "-c", CABLE], stdin=-1, stdout=-1, stderr=-3, text=True)
+    connected = holder.stdout.readline() == "connected\n"
+    enter = ["nsenter", "-t", str(holder.pid), "-U", "-n", "-m", "--preserve-credentials", f"--wd={work}"]
+    inside = [(enter, "va"), ([*enter, "ip", "netns", "exec", "b"], "vb")] if connected else [([], "lo")] * 2
+
+    def start(*flags: list[str]) -> list[Machine]:
+        port, address = free_port(), "10.9.0.1" if connected else "127.0.0.1"
+        pair = []
+        for rank, (where, interface) in enumerate(inside):
+            words = [
+                *config("two_nodes")[:-2],
+                "--main_process_port",
+                port,
+                "--num_processes",
+                2,
+                "--machine_rank",
+                rank,
+            ]
+            words += ["--main_process_ip", address, ROOT / FULL, *TEN, *flags[rank]]
+            pair.append(Machine(list(map(str, words)), work, tuple(where), {"GLOO_SOCKET_IFNAME": interface}))
+        started.extend(pair)
+        return pair
+
+    yield start
+    for machine in started:
+        if machine.process.poll() is None:
+            machine.kill()
+    holder.communicate()
+
+
+def said(output: str) -> list[str]:
+    """Our `error:` lines of a launcher, whose own traceback names none of our files."""
+    assert str(ROOT / "configs") not in output, output[-4000:]
+    return [line for line in output.splitlines() if re.search(r"(^|\]:)error: ", line)]
+
+
+def test_two_machines_lose_one_and_go_on(two_machines, work):
+    flags = "--max_steps 40 --eval_steps 10 --save_steps 10".split()
+    ok(train(work, [], FULL, "calm", *flags))
+    flags += ["--output_dir", "lost"]
+    first, second = two_machines(flags, flags)
+    wait_for((work / "lost" / "checkpoint-10" / "trainer_state.json").exists, first.process)
+    second.kill()
+    began = time.monotonic()
+    code, output = first.end()
+    assert code != 0 and time.monotonic() - began < 60
+    (error,) = said(output)
+    assert "another process ended, or did not answer within 10 minutes" in error
+    assert re.search(r"with the same command: it goes on from lost/checkpoint-\d0$", error)
+    assert log_of(work / "lost")["summary"]["status"] == "running"
+
+    for machine in two_machines(flags, flags):
+        code, output = machine.end()
+        assert code == 0, output[-3000:]
+    log, calm = log_of(work / "lost"), log_of(work / "calm")
+    assert log["summary"]["resumed_from"].startswith("lost/checkpoint-") and log["environment"]["processes"] == 2
+    assert values(log, "loss") == pytest.approx(values(calm, "loss"), rel=1e-3)
+    assert values(log, "eval_loss") == pytest.approx(values(calm, "eval_loss"), rel=1e-3)
+
+
+@pytest.mark.parametrize("apart", ["output", "data"])
+def test_machines_that_do_not_share_are_refused_on_both(apart, two_machines, work):
+    here, there = (["--output_dir", f"apart_{apart}_{n}" if apart == "output" else "apart"] for n in (0, 1))
+    if apart == "data":
+        other = work / "other_data"
+        shutil.copytree(work / "data", other)
+        manifest = other / "manifest.json"
+        manifest.write_text(manifest.read_text("utf-8") + "\n", encoding="utf-8")
+        there += ["--data_dir", "other_data"]
+    for machine in two_machines(here, there):
+        code, output = machine.end()
+        (error,) = said(output)
+        assert code != 0 and re.search(r"exitcode +: 2 ", output)
+        if apart == "output":
+            assert (
+                f"machine 1 ({socket.gethostname()}) does not see the OUTPUT_DIR of machine 0, apart_output_0" in error
+            )
+            assert "--output_dir /shared/PATH" in error and "train on one machine" in error
+        else:
+            assert "differs between the machines (manifest_sha256)" in error
+            assert "copy it from machine 0" in error and "--data_dir /shared/PATH" in error
+
+
+# --- SLURM
+
+
+def test_the_batch_file_launches_both_scripts_on_both_nodes(tmp_path):
+    """With a srun, a scontrol and an accelerate that only say what they were given."""
+    batch = ROOT / "configs" / "slurm_two_nodes.sh"
+    subprocess.run(["bash", "-n", batch], check=True)
+    text = batch.read_text("utf-8")
+    for name in re.findall(r"\S+\.(?:py|yaml|sh)\b", text):
+        assert (ROOT / name).is_file(), name
+    tools = {
+        "srun": 'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "${@:2}"; done',
+        "scontrol": "echo node0; echo node1",
+        "accelerate": 'echo accelerate "$@"',
+    }
+    for name, body in tools.items():
+        path = write_rows(tmp_path / name, [])
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text("")
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "USER": "me", "SLURM_JOB_ID": "4321"}
+    env |= {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    result = subprocess.run(["bash", str(batch)], env=env, capture_output=True, text=True, check=True)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [
+        (line[line.index("--machine_rank") + 1], next(word for word in line if word.endswith(".py"))) for line in lines
+    ] == [(rank, script) for script in (LORA, FULL) for rank in ("0", "1")]
+    for line in lines:
+        assert "--main_process_ip node0 --main_process_port 24321" in " ".join(line)
+        assert "--num_machines 2 --num_processes 8" in " ".join(line)
