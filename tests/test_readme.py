@@ -58,14 +58,7 @@ def commands(readme: str) -> list[list[str]]:
                     words.pop(0)
                 # `accelerate launch` and `python` alone are names of tools, not commands
                 alone = {"python": 1, "bash": 1, "accelerate": 2, "torchrun": 1, "sbatch": 1, "pip": 2}
-                if words and len(words) > {
-                    "python": 1,
-                    "bash": 1,
-                    "accelerate": 2,
-                    "torchrun": 1,
-                    "sbatch": 1,
-                    "pip": 2,
-                }.get(words[0], 99):
+                if words and len(words) > alone.get(words[0], 99):
                     found.append(words)
     return found
 
