@@ -26,7 +26,7 @@ from configs.settings import fail, say
 
 # --- the rows of a step, and its passes
 
-# What a pass costs beside its tokens, in tokens: starting kernels, casting weights, adding to gradients (LOG.md).
+# What a pass costs beside its tokens, in tokens: starting kernels, casting weights, adding to gradients (estimates).
 PASS_COST = 512 if torch.cuda.is_available() else 64
 
 
