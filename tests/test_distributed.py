@@ -356,7 +356,9 @@ def two_machines(work):
     started: list[Machine] = []
     holder = subprocess.Popen(["unshare", "-Urnm", "bash", "-c", CABLE], stdin=-1, stdout=-1, stderr=-3, text=True)
     connected = holder.stdout.readline() == "connected\n"
-    enter = ["nsenter", "-t", str(holder.pid), "-U", "-n", "-m", "--preserve-credentials", f"--wd={work}"]
+    # to the folder by its name: the one that is inherited lies in the file systems of another namespace
+    enter = ["nsenter", "-t", str(holder.pid), "-U", "-n", "-m", "--preserve-credentials"]
+    enter += ["bash", "-c", 'cd "$0" && exec "$@"', str(work)]
     inside = [(enter, "va"), ([*enter, "ip", "netns", "exec", "b"], "vb")] if connected else [([], "lo")] * 2
 
     def start(*flags: list[str]) -> list[Machine]:
