@@ -167,7 +167,7 @@ def meet(settings) -> dict:
         except SystemExit as ending:
             code = ending.code
     output = Path(settings.OUTPUT_DIR)
-    token = device.decided_once(lambda: _leave_token(output))
+    token, place = device.decided_once(lambda: _leave_token(output))
     mine = (device.machine(), code, manifest and manifest["manifest_sha256"], (output / token).exists())
     met = gather_object([mine])  # no process is beyond this line before all have looked
     if main_process():
@@ -176,8 +176,8 @@ def meet(settings) -> dict:
         raise SystemExit(2)
     if lacking := sorted({f"{number} ({name})" for (number, name), _, _, seen in met if not seen}):
         fail(
-            f"machine {', '.join(lacking)} does not see the OUTPUT_DIR of machine 0, {settings.OUTPUT_DIR}; put it on "
-            "a file system that all machines share: --output_dir /shared/PATH, or train on one machine"
+            f"machine {', '.join(lacking)} does not see the OUTPUT_DIR of machine 0, {place}; put it on a "
+            "file system that all machines share: --output_dir /shared/PATH, or train on one machine"
         )
     if len({sha for _, _, sha, _ in met if sha}) > 1:
         fail(
@@ -205,10 +205,11 @@ def _say_lost(output_dir: str, otherwise: Callable, kind: type, error: BaseExcep
     os._exit(1)  # a plain exit would wait for the process that is gone
 
 
-def _leave_token(output: Path) -> str:
+def _leave_token(output: Path) -> tuple[str, str]:
+    """Leave an empty file; its name, and where it lies on this machine."""
     name = f".met-{secrets.token_hex(8)}"
     handover.write_text(output / name, "")
-    return name
+    return name, str(output.resolve())
 
 
 def resume_point(
