@@ -85,10 +85,10 @@ def log_of(work: Path, method: str) -> dict:
 
 ASK = """
 import json, torch
-found = torch.cuda.is_available()
-free, total = torch.cuda.mem_get_info() if found else (0, 0)
-bf16 = found and torch.cuda.is_bf16_supported(including_emulation=False)
-print(json.dumps({"found": found, "free": free, "bf16": bf16}))
+visible = torch.cuda.is_available()
+free, total = torch.cuda.mem_get_info() if visible else (0, 0)
+bf16 = visible and torch.cuda.is_bf16_supported(including_emulation=False)
+print(json.dumps({"visible": visible, "free": free, "bf16": bf16}))
 """
 
 
@@ -100,7 +100,7 @@ def gpu() -> SimpleNamespace:
     if not torch.backends.cuda.is_built():
         pytest.skip("no GPU: this torch is a build for the CPU")
     answer = run_on_gpu(ASK)
-    if not answer["found"]:
+    if not answer["visible"]:
         pytest.skip("no GPU: a process with CUDA_VISIBLE_DEVICES=" + repr(os.environ["TEST_GPU"]) + " sees none")
     return SimpleNamespace(**answer, device="cuda")
 
@@ -334,8 +334,8 @@ def test_flattened_rows_have_the_nll_of_padded_ones(tiny, gpu, attention, dtype)
         code = "import json, transformers.utils as u; print(json.dumps(u.is_flash_attn_2_available()))"
         if not run_on_gpu(code):
             pytest.skip("flash-attn is not installed")
-    found = run_on_gpu(LAYOUTS, tiny, attention, dtype, gpu.device)
-    assert found["apart"] < found["leaking"] / 10, found
+    difference = run_on_gpu(LAYOUTS, tiny, attention, dtype, gpu.device)
+    assert difference["apart"] < difference["leaking"] / 10, difference
 
 
 def test_a_training_with_flattened_rows_is_that_with_padded_ones(fresh, prepared, narrow):

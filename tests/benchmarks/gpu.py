@@ -21,6 +21,9 @@ head, and A trained tokens, the only ones that the head must see. Not counted: e
 keys, LoRA's own matrices, and what gradient checkpointing computes again.
 
 Memory: 5 steps of QLoRA planned for a card of 8 GB, and in full for one of 24 GB (--device_memory_gb 7.5 and 24).
+A plan counts the largest pass that it allows, which rows of mixed lengths seldom fill, so the peak may lie below it.
+(tests/test_gpu.py holds the two together, with rows of one length.)
+
 Scoring: step 4's `score` against lm-evaluation-harness, as in scores.py, where lm_eval is installed.
 """
 

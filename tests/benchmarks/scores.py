@@ -71,11 +71,11 @@ def scoring_speeds(model, tokenizer, rows: list, repeats: int, sizes: tuple, tol
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tokens = sum(len(x) + len(y) for x, y in rows)
-    ways = {"this project": lambda some: scoring.score(model, some, None, "rows")}
+    ways = {"this project": lambda part: scoring.score(model, part, None, "rows")}
     for size in sizes:
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=2048)
-        ways[f"lm-evaluation-harness, batch size {size}"] = lambda some, h=harness: [
-            -nll for nll, _ in h._loglikelihood_tokens([(None, x, y) for x, y in some], disable_tqdm=True)
+        ways[f"lm-evaluation-harness, batch size {size}"] = lambda part, h=harness: [
+            -nll for nll, _ in h._loglikelihood_tokens([(None, x, y) for x, y in part], disable_tqdm=True)
         ]
     speeds, nlls = {name: [] for name in ways}, {}
     for name, way in ways.items():
