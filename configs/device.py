@@ -30,6 +30,7 @@ from transformers.utils import is_flash_attn_2_available
 from configs.settings import say
 
 GB = 1e9
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PACKAGES = "torch transformers datasets peft trl bitsandbytes accelerate deepspeed evaluate tensorboard".split()
 
 
@@ -91,9 +92,14 @@ def placement(target: torch.device, always: bool = False) -> dict | None:
 # --- several processes
 
 
+def processes() -> int:
+    """How many processes work together; launchers say it in WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def launched() -> bool:
     """Whether this process is one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return processes() > 1
 
 
 # How long a process waits for the others before the run ends. What one of them does alone must fit in it: writing a
@@ -151,9 +157,8 @@ def precision(choice: str, planned_gb: float | None = None) -> tuple[torch.dtype
 
     planned_gb: memory of a GPU that is planned for and may not be here; such a one is taken to have bf16.
     """
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if choice != "auto":
-        return named[choice], "chosen by PRECISION"
+        return DTYPES[choice], "chosen by PRECISION"
     if planned_gb is not None and not torch.cuda.is_available():
         return torch.bfloat16, "GPUs since 2020 have bf16; for an older one: --precision fp16"
     if torch.cuda.is_available():
@@ -320,7 +325,7 @@ def environment() -> dict:
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
         "device_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
         "cpu_count": os.cpu_count(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": processes(),
         "packages": packages,
         "command": " ".join(sys.argv),
     }

@@ -94,6 +94,20 @@ def tiny(tmp_path_factory) -> Path:
     return tiny_phi(tmp_path_factory.mktemp("tiny") / "tiny-phi")
 
 
+@pytest.fixture(scope="module")
+def scripts() -> dict:
+    """Scripts 2 and 3 as modules, by name."""
+    return {name: load_script(name) for name in SCRIPTS[1:3]}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny):
+    """The tiny model's tokenizer, with the template of a base model."""
+    from configs import chat
+
+    return chat.load_tokenizer(str(tiny), None, "auto")
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, tiny) -> Path:
     """A working folder in which step 1 has prepared 160 rows for the tiny model. Copy it before writing."""

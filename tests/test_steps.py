@@ -6,28 +6,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, load_script
+from conftest import SCRIPTS
 from datasets import Dataset
 from test_training import arguments, constants, plan_of, token_row
 from transformers import AutoModelForCausalLM
 from trl.trainer import utils as trl_utils
 
-from configs import chat
 from configs.training import trainer as trainer_module
 from configs.training.sizes import Sizes
 from configs.training.trainer import ExactTrainer, StepSampler, cut
 
 LORA, FULL = SCRIPTS[1], SCRIPTS[2]
-
-
-@pytest.fixture(scope="module")
-def scripts() -> dict:
-    return {name: load_script(name) for name in (LORA, FULL)}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny):
-    return chat.load_tokenizer(str(tiny), None, "auto")
 
 
 @pytest.fixture(scope="module")

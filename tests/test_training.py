@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, load_script, refused, run, write_rows
+from conftest import ROOT, SCRIPTS, refused, run, write_rows
 from datasets import Dataset
 
 from configs import chat, device, handover
@@ -22,16 +22,6 @@ from configs.training.runlog import RunLog
 from configs.training.trainer import ExactTrainer, token_rows
 
 # --- the scripts' own functions, in this process
-
-
-@pytest.fixture(scope="module")
-def scripts() -> dict:
-    return {name: load_script(name) for name in SCRIPTS[1:3]}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny):
-    return chat.load_tokenizer(str(tiny), None, "auto")
 
 
 def constants(script: str, **changed) -> SimpleNamespace:

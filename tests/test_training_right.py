@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from configs import chat, device
+from configs import device
 from configs.training import trainer as trainer_module
 from configs.training.memory import Plan, Sizes, make_plan, packing
 from configs.training.runlog import RunLog, overfitting
@@ -26,16 +26,6 @@ from configs.training.runlog import run as run_training
 from configs.training.trainer import ExactTrainer
 
 LORA, FULL = SCRIPTS[1], SCRIPTS[2]
-
-
-@pytest.fixture(scope="module")
-def scripts() -> dict:
-    return {name: load_script(name) for name in (LORA, FULL)}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny):
-    return chat.load_tokenizer(str(tiny), None, "auto")
 
 
 @pytest.fixture(scope="module")
@@ -160,20 +150,34 @@ def test_a_step_that_runs_out_of_memory_comes_again_in_halves(
     assert f"out of memory with {first:,} tokens a pass: now this step again with {first // 2:,}" in said
 
 
-def test_one_row_that_does_not_fit_names_the_settings(scripts, tokenizer, tiny, rows, tmp_path, monkeypatch, capsys):
-    trainer = trainer_of(scripts, FULL, tmp_path, tiny, rows, tokenizer, EVAL_STEPS=1, SAVE_STEPS=1)
+def full(*args, **kwargs):
+    """Raises what CUDA raises when memory has run out."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def step(self, model, inputs, num_items_in_batch=None):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(SFTTrainer, "training_step", step)
-    log = SimpleNamespace(
-        write=lambda *a: None, prompts=[], signal=None, head={"settings": vars(constants(FULL)), "environment": {}}
-    )
+def out_of_memory(trainer, capsys) -> str:
+    """What a run of script 3 says on stderr that must end because memory has run out."""
+    head = {"settings": vars(constants(FULL)), "environment": {}}
+    log = SimpleNamespace(write=lambda *a: None, prompts=[], signal=None, head=head)
     with pytest.raises(SystemExit) as end:
         run_training(trainer, log, None)
     assert end.value.code == 2
-    said = capsys.readouterr().err
+    return capsys.readouterr().err
+
+
+def test_an_evaluation_that_does_not_fit_is_not_taken_for_a_step(
+    scripts, tokenizer, tiny, rows, tmp_path, monkeypatch, capsys
+):
+    trainer = trainer_of(scripts, FULL, tmp_path, tiny, rows, tokenizer, EVAL_STEPS=1, SAVE_STEPS=1)
+    monkeypatch.setattr(ExactTrainer, "prediction_step", full)
+    said = out_of_memory(trainer, capsys)
+    assert "an evaluation does not fit beside the training" in said and "--device_memory_gb" in said
+
+
+def test_one_row_that_does_not_fit_names_the_settings(scripts, tokenizer, tiny, rows, tmp_path, monkeypatch, capsys):
+    trainer = trainer_of(scripts, FULL, tmp_path, tiny, rows, tokenizer, EVAL_STEPS=1, SAVE_STEPS=1)
+    monkeypatch.setattr(SFTTrainer, "training_step", full)
+    said = out_of_memory(trainer, capsys)
     assert "a pass of a single row does not fit" in said and "--max_length 512" in said
     assert "--gradient_checkpointing true" in said and "2_lora_finetuning.py" in said
 
@@ -182,18 +186,9 @@ def test_an_optimizer_step_that_does_not_fit_is_not_helped_by_smaller_passes(
     scripts, tokenizer, tiny, rows, tmp_path, monkeypatch, capsys
 ):
     trainer = trainer_of(scripts, FULL, tmp_path, tiny, rows, tokenizer, EVAL_STEPS=1, SAVE_STEPS=1)
-
-    def step(self, closure=None):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    log = SimpleNamespace(
-        write=lambda *a: None, prompts=[], signal=None, head={"settings": vars(constants(FULL)), "environment": {}}
-    )
-    with pytest.raises(SystemExit) as end:
-        run_training(trainer, log, None)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and "the optimizer's step does not fit" in said
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    said = out_of_memory(trainer, capsys)
+    assert "the optimizer's step does not fit" in said
     assert "--optim adamw_bnb_8bit" in said and "max_length" not in said
 
 
@@ -208,13 +203,8 @@ def test_what_cannot_be_replayed_is_not(scripts, tokenizer, tiny, rows, tmp_path
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(SFTTrainer, "training_step", step)
-    log = SimpleNamespace(
-        write=lambda *a: None, prompts=[], signal=None, head={"settings": vars(constants(FULL)), "environment": {}}
-    )
-    with pytest.raises(SystemExit) as end:
-        run_training(trainer, log, None)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and len(passes) == 1
+    said = out_of_memory(trainer, capsys)
+    assert len(passes) == 1
     assert "DeepSpeed cannot take a step again" in said and "--device_memory_gb" in said
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from configs import chat, device, handover, hub
 from configs.settings import command, fail, first_on_machine, main_process, say
-from configs.training.memory import Plan, processes, sharing
+from configs.training.memory import Plan, sharing
 from configs.training.trainer import StepSampler, cut, deepspeed_path
 
 # --- settings and model
@@ -117,7 +117,7 @@ def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Pla
     first = next(n for n, label in enumerate(row["labels"]) if label != -100)
     before, after = tokenizer.decode(row["input_ids"][:first]), tokenizer.decode(row["input_ids"][first:])
     say(f"a row as the model sees it, trained between the brackets:\n{before}⟦{after}⟧\n")
-    step, devices = plan.rows, processes()
+    step, devices = plan.rows, device.processes()
     asked = f"one optimizer step takes {settings.BATCH_SIZE} x {settings.GRADIENT_ACCUMULATION_STEPS} = {step} rows"
     if step > len(rows):
         fail(

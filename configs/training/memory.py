@@ -5,6 +5,7 @@ The plan is made from the model's configuration alone, before anything is loaded
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ STATE_BYTES |= {"sgd": 0, "adafactor": 0, "lion_32bit": 4, "lion_8bit": 1, "page
 RESERVE = 0.08  # of the rest: what CUDA's allocator cannot use because it lies between other blocks
 HEADROOM = 0.85  # of the free memory, for passes that are larger than asked for
 BUCKET = 500_000_000  # values that DeepSpeed collects before it exchanges them (reduce_bucket_size); two in turns
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+NAMES = {dtype: name for name, dtype in device.DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         """What is computed in."""
-        return next(dtype for dtype, name in NAMES.items() if name == self.precision)
+        return device.DTYPES[self.precision]
 
     @property
     def attn_implementation(self) -> str | None:
@@ -67,7 +68,7 @@ class Plan:
     @property
     def share(self) -> int:
         """Rows of an optimizer step in this process, at most."""
-        return -(-self.rows // processes())
+        return -(-self.rows // device.processes())
 
     @property
     def optim_args(self) -> str | None:
@@ -96,11 +97,6 @@ class Plan:
         lines += [f"  {'together':16} {device.size(self.total):>11} of {free} that are free"]
         lines += [f"  {'disk':16} {device.size(self.disk):>11} for checkpoints and the result"]
         return "\n".join([*lines, *(f"  chosen: {reason}" for reason in self.reasons)])
-
-
-def processes() -> int:
-    """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def packing(choice: bool | str, implementation: str) -> tuple[bool, str]:
@@ -174,7 +170,7 @@ def sharing(settings) -> dict:
     Keys: engine ("deepspeed", "fsdp" or None), weights, gradients, states (by what each is divided on one device),
     offload (whether the optimizer lies in the CPU's memory).
     """
-    count, engine, stage, offload = processes(), None, 0, False
+    count, engine, stage, offload = device.processes(), None, 0, False
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         engine, stage = "deepspeed", int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0") or 0)
         offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") not in ("none", "")
@@ -204,7 +200,7 @@ def make_plan(settings, config, length: int, adapter, before: dict | None = None
     """
     dtype, why = device.precision(settings.PRECISION, settings.DEVICE_MEMORY_GB)
     if before:
-        dtype, why = next(d for d, n in NAMES.items() if n == before["precision"]), "as the interrupted run had it"
+        dtype, why = device.DTYPES[before["precision"]], "as the interrupted run had it"
     say(f"precision: {dtype} ({why})")
     device.own_precision(dtype)
     free = device.least_memory(settings.DEVICE_MEMORY_GB)
@@ -226,7 +222,7 @@ def _make_plan(settings, config, dtype: torch.dtype, length: int, adapter, free:
         kept = (before["gradient_checkpointing"], before["optim"], before["bf16_weights"])
         ladder = [kept, (True, *kept[1:])]
     # the most that a pass can be asked to hold: all rows of a step that one process has
-    share, asked = -(-rows // processes()), settings.BATCH_SIZE * settings.MAX_LENGTH
+    share, asked = -(-rows // device.processes()), settings.BATCH_SIZE * settings.MAX_LENGTH
     # each rung costs more time or precision than the one before, so the first that fits is the best one
     for on, optim, half in ladder:
         for count in range(share, 0, -1):
@@ -365,5 +361,9 @@ def disk_bytes(sizes: Sizes, settings, lora: bool, optim: str, half: bool) -> in
     checkpoint = sizes.trainable * ((2 if half else 4) + STATE_BYTES.get(optim, 8))
     # a checkpoint holds what is trained and the optimizer's states; a new one is written before an old one goes
     copies = max(settings.SAVE_TOTAL_LIMIT, 2) + 1  # the best one and the last one always stay
+    if settings.SAVE_STEPS < 1:
+        copies = min(copies, math.ceil(1 / settings.SAVE_STEPS))
+    elif settings.MAX_STEPS:  # the last step is always saved
+        copies = min(copies, math.ceil(settings.MAX_STEPS / settings.SAVE_STEPS))
     merged = sizes.total * 2 if not lora or settings.MERGE_ADAPTER else 0
     return copies * checkpoint + merged + (sizes.trainable * 4 if lora else 0)

@@ -257,7 +257,10 @@ def out_of_memory(trainer: ExactTrainer, settings: dict) -> str:
     lora = "LORA_R" in settings
     light = f"8-bit optimizer states: --optim {'paged_adamw_8bit' if lora else 'adamw_bnb_8bit'}"
     small = "a 4-bit base: --use_4bit true" if lora else f"LoRA: {command(handover.LORA)}"
-    if not trainer.passing:
+    if trainer.doing == "evaluation":
+        gigabytes = round(0.8 * trainer.plan.free / GB, 1)
+        return f"an evaluation does not fit beside the training; plan with less memory: --device_memory_gb {gigabytes}"
+    if trainer.doing == "step":
         return f"the optimizer's step does not fit, which smaller passes do not help; take {light}; or {small}"
     ways = [] if trainer.args.gradient_checkpointing else ["recompute activations: --gradient_checkpointing true"]
     length = settings["MAX_LENGTH"]

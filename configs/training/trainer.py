@@ -126,7 +126,7 @@ class ExactTrainer(SFTTrainer):
         self.plan = plan
         self.rows, self.budget, self.packed = plan.rows, plan.tokens, plan.packing
         self.paused = 0.0  # seconds of evaluation, saving and sample answers
-        self.passing = False  # whether a forward and backward pass is under way
+        self.doing = "step"  # what memory may run out in: a "pass", "evaluation" or the optimizer's "step"
         self.logged: tuple[float, int] | None = None  # when the last record was made, at how many tokens
         super().__init__(*args, compute_metrics=token_exact, **kwargs)
         if self.accelerator.ddp_handler is not None:  # else DDP holds the gradients twice
@@ -216,9 +216,9 @@ class ExactTrainer(SFTTrainer):
             self.logged = (time.monotonic() - self.paused, int(self.state.num_input_tokens_seen))
         while True:
             try:
-                self.passing = True
+                self.doing = "pass"
                 total = self._step(model, inputs, num_items_in_batch)
-                self.passing = False
+                self.doing = "step"
                 return total
             except torch.OutOfMemoryError:
                 lengths = inputs["attention_mask"].sum(dim=1).tolist()
@@ -235,9 +235,8 @@ class ExactTrainer(SFTTrainer):
             say(f"\nout of memory with {largest:,} tokens a pass: now this step again with {self.budget:,}")
 
     def _step(self, model, inputs: dict, num_items_in_batch) -> torch.Tensor:
-        deepspeed, plain = self.is_deepspeed_enabled, contextlib.nullcontext
-        alone = self.args.world_size == 1 or deepspeed or self.is_fsdp_enabled
-        total, passes = 0.0, list(self._passes(inputs, -(-self.rows // self.args.world_size), self.packed))
+        alone = self.args.world_size == 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
+        total, passes = 0.0, list(self._passes(inputs, self.args.per_device_train_batch_size, self.packed))
         self.current_gradient_accumulation_steps = len(passes)  # by which a mixture of experts divides its own loss
         for number, part in enumerate(passes, 1):
             last = number == len(passes)
@@ -246,7 +245,7 @@ class ExactTrainer(SFTTrainer):
             # PEFT casts what goes into a 16-bit layer to the adapter's fp32, keeps that for the backward pass, and
             # autocast casts it back at once: two thirds of what LoRA holds of such a layer, for nothing
             uncast = disable_input_dtype_casting(self.model, self.lora and (self.args.bf16 or self.args.fp16))
-            with plain() if alone or last else self.accelerator.no_sync(model), uncast:
+            with contextlib.nullcontext() if alone or last else self.accelerator.no_sync(model), uncast:
                 total = total + super().training_step(model, part, num_items_in_batch)
         return total
 
@@ -292,8 +291,11 @@ class ExactTrainer(SFTTrainer):
             self.paused += time.monotonic() - began
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        before, self.doing = self.doing, "evaluation"
         with self.pause():  # the sample answers, too, which a callback makes
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        self.doing = before
+        return metrics
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         with self.pause():
