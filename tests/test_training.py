@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -630,6 +631,22 @@ def test_a_nan_ends_the_run_and_stays_readable(tiny, tmp_path):
     assert written["summary"]["status"] == "failed"
     assert written["summary"]["train_loss"] == 2.0
     assert [record["loss"] for record in written["history"]] == [2.0, "nan"]
+
+
+def test_a_log_that_takes_long_is_not_written_at_every_step(tiny, tmp_path):
+    from transformers import TrainerState
+
+    settings = {**SETTINGS, "MODEL_NAME": str(tiny), "OUTPUT_DIR": str(tmp_path)}
+    rows, plan = {"train_rows": 1, "eval_rows": 1}, plan_of(constants(SCRIPTS[1]))
+    log = RunLog("lora", settings, plan, {"manifest_sha256": "abc"}, rows, None)
+    path, state = tmp_path / "training_log.json", TrainerState(is_world_process_zero=True)
+    log.write(state, "running")
+    log.written = (time.monotonic(), 5.0)  # writing took five seconds
+    path.unlink()
+    log.write(state, "running")
+    assert not path.exists()
+    log.write(state, "done")  # but how it ends is always written
+    assert json.loads(path.read_text("utf-8"))["summary"]["status"] == "done"
 
 
 # --- refused before anything is trained

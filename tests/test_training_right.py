@@ -365,6 +365,13 @@ def test_the_plan_climbs_its_ladder(shapes, capsys):
     assert "stochastic rounding" in capsys.readouterr().out
 
 
+def test_the_disk_is_for_the_checkpoints_that_a_run_makes(shapes):
+    count = 2_779_683_840
+    one = planned(shapes, FULL, "phi-2", 200, MAX_STEPS=20, EVAL_STEPS=20.0, SAVE_STEPS=20.0)
+    assert one.disk == 12 * count + 2 * count
+    assert planned(shapes, FULL, "phi-2", 200, EVAL_STEPS=0.5, SAVE_STEPS=0.5).disk == 2 * 12 * count + 2 * count
+
+
 def test_qlora_of_phi_2_fits_8_gb_and_of_llama_12(shapes):
     plan = planned(shapes, LORA, "phi-2", 8)
     assert plan.total <= 8e9 and plan.rows == 16 and plan.tokens >= 1024
