@@ -22,6 +22,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig
+from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
@@ -222,6 +223,18 @@ def keep_4bit_layout(model) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def fuse_gelu(model) -> None:
+    """Let GELU's tanh approximation run as one kernel: "gelu_new" of phi-2 and GPT-2, "gelu_fast".
+
+    transformers computes these step by step: eight passes over the widest tensors of a model, several of which
+    autograd keeps. The function is the same but for rounding, and the configuration that is saved does not change.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, (NewGELUActivation, FastGELUActivation)):
+                setattr(module, name, GELUTanh())
 
 
 # --- attention

@@ -50,6 +50,7 @@ def load_model(candidates: list, dtype: torch.dtype, revision: str | None) -> Pr
             hub.model_path(source), revision=revision, dtype=dtype, device_map={"": device.compute_device()}, **options
         )
     device.keep_4bit_layout(model)
+    device.fuse_gelu(model)
     for adapted in (c for c in candidates if c.adapter):
         with loading(adapted.adapter, adapted.remedy):
             model = PeftModel.from_pretrained(model, adapted.adapter)

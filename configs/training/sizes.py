@@ -88,6 +88,7 @@ class Sizes:
             if adapter is not None:
                 model = adapt(model, adapter).get_base_model()
         model = model.base_model.train()
+        device.fuse_gelu(model)  # as the trainer does
         with FakeTensorMode():
             tensors = {}
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -100,7 +101,7 @@ class Sizes:
             own = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
             given = {"input_ids": torch.ones(1, max(length, 1), dtype=torch.long), "use_cache": False}
             autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-            uncast = disable_input_dtype_casting(model, adapter is not None)  # as the trainer does
+            uncast = disable_input_dtype_casting(model, adapter is not None)  # the same
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast, uncast:
                 torch.func.functional_call(model, tensors, kwargs=given)
         # without storage a causal mask is made, where real tensors need none

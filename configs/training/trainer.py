@@ -134,6 +134,8 @@ class ExactTrainer(SFTTrainer):
         # TRL's head, for what is needed of it: log-probabilities of the trained positions. TRL scores masked
         # positions as well where Triton does not run, and computes entropies and accuracies that nobody asks for.
         trl_utils._use_triton = lambda device: True  # read by the head's choice of positions alone
+        if not torch.cuda.is_available():  # tiles of the head's logits that stay in a CPU's cache
+            trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = 512
         self.lora = hasattr(self.model, "peft_config")
         base = self.model.get_base_model() if self.lora else self.model
         add_fused_lm_head(base, outputs=("log_probs",))
@@ -145,6 +147,7 @@ class ExactTrainer(SFTTrainer):
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
         device.keep_4bit_layout(self.model)
+        device.fuse_gelu(self.model)
 
     # --- rows
 
@@ -202,7 +205,10 @@ class ExactTrainer(SFTTrainer):
                     [{name: part[name][row][kept].tolist() for name in names} for row, kept in enumerate(mask)]
                 )
             else:
-                yield {key: tensor[:, : int(mask.sum(dim=1).max())] for key, tensor in part.items()}
+                # padding follows the tokens, so that a causal model needs no mask, and attention without one is faster;
+                # a mixture of experts leaves padding out of its own loss
+                names = part if self.aux_loss_enabled else ("input_ids", "labels")
+                yield {name: part[name][:, : int(mask.sum(dim=1).max())] for name in names}
 
     # --- a step
 
