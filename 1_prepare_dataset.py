@@ -60,7 +60,7 @@ import numpy as np
 import pyarrow
 from tqdm.auto import tqdm
 
-from configs import chat, handover
+from configs import chat, handover, state
 from configs.preparation.conversations import (
     STRING_MARKS,
     BadFunction,
@@ -398,13 +398,14 @@ def open_source(settings) -> tuple[Iterator[tuple[str, object]], str, dict[str, 
 def save_splits(
     rows: datasets.Dataset, ids: np.ndarray, groups: np.ndarray, parts: dict[str, np.ndarray], folder: Path
 ) -> dict[str, str]:
-    """Write folder/train and folder/eval; {"train": sha256, "eval": sha256} of what they hold."""
+    """Write folder/train and folder/eval; {name: sha256} of both, and of eval's parts "validation" and "test"."""
     marks = ["validation"] * len(parts["validation"]) + ["test"] * len(parts["test"])
     held_out = np.concatenate([parts["validation"], parts["test"]])
     hashes = {
         "train": handover.split_hash(ids[parts["train"]].astype(str)),
         "eval": handover.split_hash(ids[held_out].astype(str), marks),
     }
+    hashes |= {part: handover.split_hash(ids[parts[part]].astype(str)) for part in ("validation", "test")}
     # a fingerprint is the library's name for its cache; by itself it would differ from run to run
     train = rows.select(parts["train"], new_fingerprint=hashes["train"][:16])
     evaluation = rows.select(held_out).add_column("part", marks, new_fingerprint=hashes["eval"][:16])
@@ -444,6 +445,7 @@ def main() -> None:
         manifest = {
             "source": settings.DATASET_NAME,
             "revision": settings.DATASET_REVISION,
+            "source_files": state.files_hash(settings.DATASET_NAME),
             "schema": {"name": schema_name, "columns": schema},
             "settings": vars(settings),
             "seed": settings.SEED,

@@ -70,8 +70,10 @@ LOGGING_STEPS: Annotated[int, "x >= 1"] = 10  # optimizer steps between two reco
 EVAL_STEPS: Annotated[float, "x > 0"] = 0.25  # between two evaluations; below 1: a share of the run, else steps
 SAVE_STEPS: Annotated[float, "x > 0"] = 0.25  # between two checkpoints; equal to EVAL_STEPS, so that the best is saved
 SAVE_TOTAL_LIMIT: Annotated[int, "x >= 1"] = 2  # checkpoints to keep; the best one always is
-# auto resumes an unfinished run of the same settings and data, and starts afresh otherwise.
-RESUME: bool | Literal["auto"] = "auto"  # true: resume or fail; false: start afresh; auto: resume where it can
+# A run that lies in OUTPUT_DIR is never thrown away: one of the same data and settings is gone on with, or left as it
+# is where it is finished; another one is only moved to outputs/history, when that is asked for.
+RESUME: bool | Literal["auto"] = "auto"  # true: go on or fail; false: as RERUN; auto: go on where it can
+RERUN = False  # train again, and move the run that lies in OUTPUT_DIR to outputs/history
 REPORT_TO = "tensorboard"  # where the Trainer reports to: tensorboard, wandb, mlflow, several of them, or none
 
 # --- output
@@ -86,9 +88,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTConfig
 
 from configs import chat, device, handover
-from configs.training.before import clear_unless, meet, model_config, preflight, problems, resume_point
+from configs.training.before import meet, model_config, preflight, problems
 from configs.training.export import save_final
 from configs.training.memory import Plan, make_plan
+from configs.training.resume import make_room, where_to_start
 from configs.training.runlog import RunLog, finish, run
 from configs.training.trainer import ExactTrainer, callbacks, deepspeed_file, token_rows
 
@@ -164,20 +167,20 @@ def main() -> None:
 
     with handover.lock(settings.OUTPUT_DIR):
         # --- where it goes on, the data, and what fits
-        checkpoint, before = resume_point(settings.OUTPUT_DIR, settings.RESUME, vars(settings), manifest)
+        start = where_to_start("full", settings, manifest, config)
         tokenizer = chat.load_tokenizer(name, revision, manifest["settings"]["PROMPT_FORMAT"])
         limits = (tokenizer, length, settings.MAX_DROP_FRACTION)
         train_rows = token_rows(settings.DATA_DIR, "train", settings.MAX_TRAIN_SAMPLES, *limits)
         eval_rows = token_rows(settings.DATA_DIR, "validation", settings.MAX_EVAL_SAMPLES, *limits)
-        plan = make_plan(settings, config, max(train_rows["length"]), adapter, before)
-        preflight(train_rows, eval_rows, tokenizer, settings, plan)
+        plan = make_plan(settings, config, max(train_rows["length"]), adapter, start.plan)
+        preflight(train_rows, eval_rows, tokenizer, settings, plan, start)
 
         # --- model and trainer
-        clear_unless(checkpoint, settings.OUTPUT_DIR)
+        make_room(start, settings.OUTPUT_DIR)
         os.environ["TENSORBOARD_LOGGING_DIR"] = f"{settings.OUTPUT_DIR}/runs"
         arguments = training_arguments(settings, plan)  # before the model: ZeRO-3 splits it while it loads
         counts = {"train_rows": len(train_rows), "eval_rows": len(eval_rows)}
-        log = RunLog("full", vars(settings), plan, manifest, counts, checkpoint)
+        log = RunLog("full", vars(settings), plan, manifest, counts, start)
         trainer = ExactTrainer(
             model=build_model(settings, plan, arguments.device),
             args=arguments,
@@ -190,7 +193,7 @@ def main() -> None:
         )
 
         # --- train and save
-        run(trainer, log, checkpoint)
+        run(trainer, log)
         save_final(trainer, "final_model", config.dtype, log)
         finish(trainer, log)
         say(f"done: {settings.OUTPUT_DIR}: final_model, training_log.json, training_curves.png")

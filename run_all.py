@@ -3,6 +3,7 @@
     python run_all.py                         asks which steps to run
     python run_all.py --demo                  everything in minutes on a laptop, without a network
     python run_all.py --preset gpu_24gb --steps 2-4 --num_epochs 1 --lora.learning_rate 1e-4
+    python run_all.py --preset gpu_24gb --sweep   a fair comparison: learning rates and seeds for each method
 
 Any setting of a step is a flag here too: --num_epochs 1 goes to every step that has it, --lora.learning_rate 1e-4
 to one of them (prepare, lora, full or evaluate). `python 2_lora_finetuning.py --help` lists the settings of a step.
@@ -16,16 +17,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
-from configs.settings import ROOT, SECTIONS, command, fail, list_presets, override_all
+from configs.settings import ROOT, SECTIONS, command, fail, list_presets, override_all, resolved
 
 # --- what to run
 PRESET: str | None = None  # settings for your machine, from configs/presets/NAME.yaml; none: the scripts' own
 STEPS: str | None = None  # which steps, e.g. 1,2 or 2-4 or all; none: ask
 YES = False  # do not ask: all steps
 DEMO = False  # the same as --preset demo --yes
+RERUN = False  # run what is done and up to date again, too; a trained model is moved to outputs/history before
 LANGUAGE: Literal["en", "zh"] = "en"  # language of the menu and of the report
+
+# --- the sweep
+# One run of each method proves little: the rates decide, and so does the luck of a seed.
+SWEEP: bool | str = False  # compare methods fairly: a question of configs/comparison, or your own file
+SELECTION_SEEDS: Annotated[int, "x >= 1"] = 1  # runs of a learning rate when the best one is looked for
+SEEDS: Annotated[int | None, "x >= 2"] = None  # fresh runs of each method at its best rate; none: 5, and 3 in the demo
+# Where full runs cost too much, choose the rates on fewer rows; short runs prefer higher rates.
+SELECTION_FRACTION: Annotated[float | None, "0 < x <= 1"] = None  # share of the rows; none: all, 0.34 in the demo
+MARGIN: Annotated[float, "0 < x < 1"] = 0.95  # LoRA is good enough where it keeps this share of full's gain
+SWEEP_DIR = "outputs/sweep"  # runs, sweep.json and the report of the sweep
 
 if __name__ == "__main__":
     flags_of_steps = override_all(globals())
@@ -42,6 +55,8 @@ TEXTS = {
         "demo_model": "the demo's base model (made once)",
         "nothing": "Nothing was run.",
         "failed": "step {n} ended with exit code {code}; when the cause is mended, go on with:",
+        "sweep": "Begin? (Enter: yes; n: no) ",
+        "skipped": "done already ({why}); to run it again: --rerun",
         "done": "All done in {seconds:.0f} s:",
     },
     "zh": {
@@ -53,6 +68,8 @@ TEXTS = {
         "demo_model": "演示用的基座模型（只生成一次）",
         "nothing": "没有运行任何步骤。",
         "failed": "第 {n} 步已结束，退出码 {code}；解决问题后，用下面的命令继续：",
+        "sweep": "开始吗？（回车：是；n：否）",
+        "skipped": "已完成（{why}）；要重新运行：--rerun",
         "done": "全部完成，用时 {seconds:.0f} 秒：",
     },
 }
@@ -108,15 +125,17 @@ def run(command: list[str]) -> int:
 
     def note(number: int, frame: object) -> None:
         received.append(number)
-        # Ctrl-C reaches the child from the terminal; a SIGTERM reaches this process alone, so it is handed on
-        if number == signal.SIGTERM and child:
-            child.terminate()
+        # Ctrl-C reaches the child from the terminal; others may reach this process alone, so they are handed on
+        if number != signal.SIGINT and child:
+            child.send_signal(number)
 
     # before the child starts, so that no moment is uncovered; a handler, unlike SIG_IGN, is not inherited
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    hangup = getattr(signal, "SIGHUP", None)  # a terminal that was closed; nohup has it ignored
+    heard = [hangup] if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN else []
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, *heard)}
     child = subprocess.Popen(command)
-    if signal.SIGTERM in received:
-        child.terminate()
+    for number in set(received) - {signal.SIGINT}:
+        child.send_signal(number)
     code = child.wait()
     for number, handler in old.items():
         signal.signal(number, handler)
@@ -146,13 +165,49 @@ def started(number: int, gpus: int) -> tuple[list[str], str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *words], f"accelerate launch --num_processes {gpus}"
 
 
+def done_before(script: Path, given: list[str]) -> str:
+    """What came out of a step that is done and up to date, to be told instead of running it again; else ""."""
+    from configs import state
+
+    settings = resolved(script, given)
+    if RERUN or settings.get("PLAN_ONLY") or settings.get("PROMPT"):
+        return ""
+    known = state.of_step(SECTIONS[script.name], settings)
+    return known.why or known.kind if known.kind == "done" else ""
+
+
+def sweep(words: dict, flags: dict[str, list[str]], gpus: int) -> int:
+    """Do the sweep on the data that are there; its exit code."""
+    from configs.comparison.sweep import run_sweep
+
+    demo = PRESET == "demo"
+    settings = SimpleNamespace(
+        SWEEP=SWEEP,
+        SWEEP_DIR=SWEEP_DIR,
+        SELECTION_SEEDS=SELECTION_SEEDS,
+        SEEDS=SEEDS or (3 if demo else 5),
+        SELECTION_FRACTION=SELECTION_FRACTION or (0.34 if demo else 1.0),
+        MARGIN=MARGIN,
+        LANGUAGE=LANGUAGE,
+        RERUN=RERUN,
+    )
+    values = {section: resolved(ROOT / script, flags[section]) for script, section in SECTIONS.items()}
+
+    def agreed() -> bool:
+        return YES or not sys.stdin.isatty() or input(words["sweep"]).strip().lower() not in ("n", "no", "q", "否")
+
+    return run_sweep(settings, flags, values, gpus, agreed)
+
+
 def main(flags: dict[str, list[str]]) -> None:
     """Run the steps that STEPS, YES or the menu name; `flags` are {section: what its script is given}."""
     words = TEXTS[LANGUAGE]
     report_language = f"--report_language={LANGUAGE}"  # who reads a Chinese menu wants such a report
     if LANGUAGE != "en" and not any(word.startswith("--report_language=") for word in flags["evaluate"]):
         flags["evaluate"].append(report_language)
-    if STEPS is not None:
+    if SWEEP is not False:
+        steps = [1]  # the sweep begins with data
+    elif STEPS is not None:
         steps = parse_steps(STEPS)
         if steps is None:
             fail(f"--steps {STEPS!r} is not a list of steps from 1 to 4, e.g. --steps 1,2 or --steps 2-4")
@@ -172,6 +227,9 @@ def main(flags: dict[str, list[str]]) -> None:
         plan.insert(0, (0, words["demo_model"], ROOT / "configs" / "demo" / "base_model.py", []))
     began, times, gpus = time.monotonic(), [], visible_gpus()
     for number, what, script, given in plan:
+        if number and (why := done_before(script, given)):
+            print(f"\n=== {number}  {what}: {words['skipped'].format(why=why)}", flush=True)
+            continue
         start_words, shown = started(number, gpus)
         print(f"\n=== {number}  {what}: {shown} {shlex.join([os.path.relpath(script), *given])}", flush=True)
         start = time.monotonic()
@@ -184,6 +242,8 @@ def main(flags: dict[str, list[str]]) -> None:
             print(f"\n{words['failed'].format(n=number, code=code)}", file=sys.stderr)
             print(f"  {command(__file__, '--steps', left)}", file=sys.stderr)
             sys.exit(code)
+    if SWEEP is not False:
+        sys.exit(sweep(words, flags, gpus))
     print(f"\n{words['done'].format(seconds=time.monotonic() - began)}")
     for number, what, seconds in times:
         print(f"  {number}  {seconds:6.1f} s  {what}")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ PREPARE, LORA, FULL, EVALUATE = SECTIONS  # the scripts, in running order
 # what flock answers on a file system without locks (some network mounts)
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
+
+TRAINED_ROWS = "trained_rows.json"  # ids and questions of the rows that a model has seen, beside its log
 
 # --- atomic writes
 
@@ -108,6 +111,33 @@ def _roll_back(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def move_aside(folder: str | Path, place: Path) -> str:
+    """Move all that lies in `folder` to `place`, on the same file system; where it is now.
+
+    The caller holds the lock of `folder`. A move that is cut off is finished when the folder is next locked.
+    """
+    folder = Path(folder)
+    try:
+        place.mkdir(parents=True)
+        write_text(folder / ".aside", str(place))
+    except OSError as error:
+        fail(f"{place} cannot be made ({error.strerror}); nothing was moved")
+    _finish_aside(folder)
+    return os.path.relpath(place)
+
+
+def _finish_aside(folder: Path) -> None:
+    marker = folder / ".aside"
+    if not marker.exists():
+        return
+    place = Path(marker.read_text("utf-8"))
+    place.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.glob("[!.]*")):
+        if path.name != "history":
+            path.rename(place / path.name)
+    marker.unlink()
+
+
 @contextlib.contextmanager
 def lock(folder: str | Path) -> Iterator[None]:
     """Let one run at a time write into a folder, and undo what a killed run left half exchanged there.
@@ -124,15 +154,42 @@ def lock(folder: str | Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except Timeout:
-        fail(f"{folder}: another run is writing there; wait for it, or stop it first")
+        fail(f"{folder}: another run is writing there{holder(folder)}; wait for it, or stop it first")
     except OSError as error:
         if error.errno not in NO_LOCKS:  # without locks, two runs at once are the user's own care
             fail(f"{folder}: cannot write there ({error.strerror}); choose another folder or mend its permissions")
     try:
+        with contextlib.suppress(OSError):  # a full disk: who waits is not told who writes
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            (folder / ".writer").write_text(json.dumps({"pid": os.getpid(), "since": since}), "utf-8")
         _roll_back(folder)
+        _finish_aside(folder)
         yield
     finally:
+        with contextlib.suppress(OSError):
+            (folder / ".writer").unlink(missing_ok=True)
         held.release()
+
+
+def holder(folder: str | Path) -> str:
+    """Who holds the lock of a folder, as " (process 123, since ...)"; "" where it is not known."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        writer = json.loads((Path(folder) / ".writer").read_text("utf-8"))
+        return f" (process {writer['pid']}, since {writer['since']})"
+    return ""
+
+
+def is_locked(folder: str | Path) -> bool:
+    """Whether a process holds the lock of a folder at this moment."""
+    if not (Path(folder) / ".lock").exists():
+        return False
+    held = FileLock(Path(folder) / ".lock", blocking=False, fallback_to_soft=False)
+    try:
+        held.acquire()
+    except (Timeout, OSError):
+        return True
+    held.release()
+    return False
 
 
 def settle(folder: str | Path) -> None:
@@ -210,30 +267,6 @@ def load_split(data_dir: str | Path, name: str):
 
 
 # --- the log of a training
-
-# settings that may differ between a run and its continuation
-MAY_DIFFER = (
-    "MERGE_ADAPTER",
-    "PLAN_ONLY",
-    "DEVICE_MEMORY_GB",
-    "LOGGING_STEPS",
-    "SAVE_TOTAL_LIMIT",
-    "RESUME",
-    "REPORT_TO",
-)
-
-
-def other_run(log: dict, settings: dict, manifest_sha256: str) -> str:
-    """Why a training log is not that of a run with these settings and data; "" where it is."""
-    if not {"settings", "data", "summary"} <= set(log):
-        return "its training_log.json is missing or not complete"
-    before = {name: value for name, value in log["settings"].items() if name not in MAY_DIFFER}
-    for name, value in settings.items():
-        if name in before and before[name] != value:
-            return f"{name} was {before[name]!r} and is {value!r}"
-    if log["data"]["manifest_sha256"] != manifest_sha256:
-        return "the data were prepared anew"
-    return ""
 
 
 def draw_losses(axis, history: list[dict], label: str = "", color: str | None = None) -> None:

@@ -12,6 +12,7 @@ Mistakes are collected, shown at once on stderr as `error: ...` lines, and end t
 
 import atexit
 import contextlib
+import errno
 import os
 import re
 import select
@@ -36,6 +37,11 @@ SAME_FOLDER = {
     ("4_evaluate_compare.py", "lora_dir"): ("2_lora_finetuning.py", "output_dir"),
     ("4_evaluate_compare.py", "full_dir"): ("3_full_finetuning.py", "output_dir"),
 }
+# What the operating system, torch and safetensors, and datasets say of a full disk.
+DISK_FULL = re.compile(
+    "No space left on device|Disk quota exceeded|PytorchStreamWriter failed|file write failed|iostream error"
+    "|Not enough disk space"
+)
 # What our modules import that requirements.txt does not name, because it comes with what is named there.
 COMES_ALONG = "huggingface_hub numpy packaging pyarrow safetensors tokenizers tqdm".split()
 
@@ -109,10 +115,24 @@ def _end_quietly(kind: type, error: BaseException, trace: object) -> None:
     if issubclass(kind, BrokenPipeError) and _nobody_reads():
         _flush()
         raise SystemExit(141)
+    if disk_full(error):
+        place = f" ({error.filename})" if getattr(error, "filename", None) else ""
+        fail(f"no space is left on the disk{place}; what was complete is unchanged: make room, and run it again")
     if issubclass(kind, ModuleNotFoundError) and (package := _package(error.name)):
         file = shlex.quote(_from_here(ROOT / "requirements.txt"))
         fail(f"the package {package!r} is not installed; install all of them with: pip install -r {file}")
     sys.__excepthook__(kind, error, trace)
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that of a full disk; the libraries have words of their own for it."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or DISK_FULL.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _end_without_reader() -> None:
@@ -258,6 +278,16 @@ def override_all(constants: dict, argv: list[str] | None = None) -> dict[str, li
     return dealt
 
 
+def resolved(script: Path, argv: list[str]) -> dict[str, object]:
+    """{name: value} of the settings that a script would have with these words; they were checked before."""
+    known, problems = _constants(script), []
+    preset, flags = read_flags(argv, {script.name: known}, dict, problems)
+    chosen = {} if preset is None else read_preset(preset, script.parent, _all_constants(script.parent), problems)
+    values = {name: constant.default for name, constant in known.items()}
+    values |= {name: value for name, (value, _) in chosen.get(script.name, {}).items()}
+    return values | {flag.constant.name: flag.value for flag in flags}
+
+
 def _by_section(scripts: dict[str, dict[str, Constant]]) -> dict[str, dict[str, Constant]]:
     return {section: scripts.get(file, {}) for file, section in SECTIONS.items()}
 
@@ -371,6 +401,8 @@ def _carried(run: Run, path: Path) -> dict[str, str | None]:
     preset = {"preset": run.preset} if run.preset else {}
     if path == run.script:
         return preset | run.flags
+    if path.name == RUN_ALL and run.script.name in SECTIONS:  # what all steps share
+        return preset | {name: run.flags[name] for name in ("model_name", "data_dir") if name in run.flags}
     if not {path.name, run.script.name} <= SECTIONS.keys() or not path.is_file():
         return {}  # takes no flags of ours
     own, others, flags = read_constants(run.script), read_constants(path), {}

@@ -57,7 +57,8 @@ Path("outputs/demo_base_model/config.json").write_text("{}")
 with open("calls.jsonl", "a") as file:
     file.write('{"step": "base model"}\\n')
 """
-RUN_ALL_ONLY = {"PRESET", "STEPS", "YES", "DEMO", "LANGUAGE"}
+RUN_ALL_ONLY = {"PRESET", "STEPS", "YES", "DEMO", "LANGUAGE", "SWEEP", "SELECTION_SEEDS", "SEEDS"}
+RUN_ALL_ONLY |= {"SELECTION_FRACTION", "MARGIN", "SWEEP_DIR"}
 SMALL = "description: a small story\nall:\n  seed: 7\nlora:\n  learning_rate: 3e-4\n"
 
 
@@ -67,7 +68,16 @@ def folder(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "run_all.py", tmp_path)
     (tmp_path / "configs" / "demo").mkdir(parents=True)
     (tmp_path / "configs" / "presets").mkdir()
-    for name in ("__init__.py", "settings.py", "flags.py", "values.py", "hub.py", "presets/demo.yaml"):
+    for name in (
+        "__init__.py",
+        "settings.py",
+        "flags.py",
+        "values.py",
+        "hub.py",
+        "handover.py",
+        "state.py",
+        "presets/demo.yaml",
+    ):
         shutil.copy(ROOT / "configs" / name, tmp_path / "configs" / name)
     (tmp_path / "configs" / "presets" / "small.yaml").write_text(SMALL)
     (tmp_path / "configs" / "demo" / "base_model.py").write_text(BASE_MODEL)

@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -193,25 +194,6 @@ def still_as_scored(candidate: Candidate) -> bool:
         return False
 
 
-def unsound(candidates: list[Candidate], manifest: dict) -> list[Note]:
-    """Why no verdict may be drawn.
-
-    Either a model was trained on different data, so test rows may have leaked into its training, or its last run ended
-    early, so its log need not belong to its weights.
-    """
-    notes = []
-    for candidate in candidates:
-        if candidate.log is None:
-            continue
-        again = {"name": candidate.label, "command": command(TRAINED[candidate.method][0])}
-        summary = candidate.log["summary"]
-        if candidate.log["data"]["manifest_sha256"] != manifest["manifest_sha256"]:
-            notes.append(("other_data", again))
-        if summary["status"] != "done":
-            notes.append(("stopped_early", again | {"status": summary["status"], "steps": summary["steps"]}))
-    return notes
-
-
 # --- the test split
 
 
@@ -219,22 +201,24 @@ def unsound(candidates: list[Candidate], manifest: dict) -> list[Note]:
 class HeldOut:
     """The test split: rows that are scored, and prompts that are answered. MAX_EVAL_SAMPLES cuts the rows only.
 
-    rows: {id, prompt, completion, group}; prompts: {id, prompt, reference, group}; embed: texts -> unit vectors.
+    rows: {id, prompt, completion, group}; prompts: {id, prompt, reference, group}; embed: texts -> unit vectors;
+    validation: rows of the validation part, by which the base's prompt form is chosen.
     """
 
     rows: list[dict]
     prompts: list[dict]
     embed: Callable | None = None
+    validation: list[dict] = field(default_factory=list)
 
     @cached_property
     def groups(self) -> list[str]:
-        """The group of each row: near-duplicates, which step 1 has found, are one observation."""
-        return [row.get("group") or json.dumps(row["prompt"]).lower() for row in self.rows]
+        """The group of each row: rows whose questions are nearly equal, or but for figures, are one observation."""
+        return question_groups(self.rows)
 
     @cached_property
     def prompt_groups(self) -> list[str]:
         """The group of each prompt, also of one whose row MAX_EVAL_SAMPLES has cut away."""
-        return [p.get("group") or json.dumps(p["prompt"]).lower() for p in self.prompts]
+        return question_groups(self.prompts)
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -248,6 +232,26 @@ class HeldOut:
     @cached_property
     def questions(self) -> list[str]:
         return [p["prompt"][-1]["content"] for p in self.prompts]
+
+
+def question_groups(rows: list[dict]) -> list[str]:
+    """A group for each row with `prompt` and perhaps `group`: rows that share either one's group are in one.
+
+    Step 1 has found the near-duplicates. Questions that differ in their figures alone ("what is 5 % of $200?") are no
+    independent observations either, since a model that knows one of them knows them all.
+    """
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    texts = [re.sub(r"\d+(?:[.,:]\d+)*", "0", json.dumps(row["prompt"]).lower()) for row in rows]
+    names = [row.get("group") or text for row, text in zip(rows, texts, strict=True)]
+    for name, text in zip(names, texts, strict=True):
+        parent[root(f"text {text}")] = root(f"group {name}")
+    return [root(f"group {name}") for name in names]
 
 
 def load_held_out(settings, manifest: dict) -> HeldOut:
@@ -277,10 +281,50 @@ def load_held_out(settings, manifest: dict) -> HeldOut:
     if len({p["id"] for p in prompts}) < len(prompts):
         fail(f"{path} holds a prompt twice; {mend}")
     prompts = [p | {"group": by_id[p["id"]].get("group")} for p in prompts]
-    held_out = HeldOut(rows[: settings.MAX_EVAL_SAMPLES], prompts)
+    validation = [row for row in evaluation if row["part"] == "validation"]
+    held_out = HeldOut(rows[: settings.MAX_EVAL_SAMPLES], prompts, validation=validation[: settings.MAX_EVAL_SAMPLES])
     if len(set(held_out.groups)) < 2:
         fail(
             f"{len(held_out.rows)} test rows with one question only cannot show any difference; take more "
             f"(MAX_EVAL_SAMPLES), or more data: {command(PREPARE)}"
         )
     return held_out
+
+
+# --- what makes a verdict impossible
+
+
+def unsound(candidates: list[Candidate], manifest: dict, held_out: HeldOut) -> list[Note]:
+    """Why no verdict may be drawn.
+
+    Either test rows were among those that a model was trained on, or whether they were cannot be told, or its last run
+    ended early, so its log need not belong to its weights. Data that were prepared anew are no reason by themselves.
+    """
+    notes = []
+    for candidate in candidates:
+        if candidate.log is None:
+            continue
+        again = {"name": candidate.label, "command": command(TRAINED[candidate.method][0])}
+        summary = candidate.log["summary"]
+        if candidate.log["data"]["manifest_sha256"] != manifest["manifest_sha256"]:
+            leaked = leaks(candidate, held_out)
+            if leaked is None:
+                notes.append(("other_data", again))
+            elif leaked:
+                notes.append(("leaked", again | {"number": len(leaked), "row": min(leaked)}))
+        if summary["status"] != "done":
+            notes.append(("stopped_early", again | {"status": summary["status"], "steps": summary["steps"]}))
+    return notes
+
+
+def leaks(candidate: Candidate, held_out: HeldOut) -> set[str] | None:
+    """Ids of the test rows whose question this model has seen in training; None where that cannot be told."""
+    path = Path(candidate.own_folder).with_name(handover.TRAINED_ROWS)
+    try:
+        trained = json.loads(path.read_text("utf-8"))
+        seen = {question for part in ("train", "validation") for question in trained[part]["question"]}
+        if len(trained["train"]["id"]) != candidate.log["data"]["train_rows"]:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return {row["id"] for row in held_out.rows + held_out.prompts if handover.content_hash(row["prompt"]) in seen}

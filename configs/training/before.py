@@ -1,6 +1,5 @@
-"""What is looked at before a training starts: settings, machine, other processes, an older run, the rows."""
+"""What is looked at before a training starts: settings, machine, other processes, the rows."""
 
-import contextlib
 import functools
 import importlib.util
 import itertools
@@ -21,7 +20,9 @@ from transformers import AutoConfig
 
 from configs import chat, device, handover, hub
 from configs.settings import command, fail, first_on_machine, main_process, say
+from configs.training import checkpoints
 from configs.training.memory import Plan, sharing
+from configs.training.resume import Start, say_new_end
 from configs.training.trainer import StepSampler, cut, deepspeed_path
 
 # --- settings and model
@@ -105,10 +106,10 @@ def model_config(name: str, revision: str | None, max_length: int):
     return config
 
 
-# --- processes, an older run, the rows
+# --- processes, the rows
 
 
-def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Plan) -> None:
+def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Plan, start: Start) -> None:
     """Show one row as the model will see it, and what the run will do. Ends with exit code 2 where that is nothing.
 
     rows, validation: with input_ids and labels. The trained tokens stand between the brackets.
@@ -148,6 +149,7 @@ def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Pla
         f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, {padding:.1%} padding; "
         f"{len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} of them warm-up"
     )
+    say_new_end(start, settings, steps)
 
 
 def meet(settings) -> dict:
@@ -193,8 +195,8 @@ def _say_lost(output_dir: str, otherwise: Callable, kind: type, error: BaseExcep
     if not why:
         return otherwise(kind, error, trace)
     if first_on_machine():
-        last = last_checkpoint(output_dir)
-        goes_on = f"it goes on from {last}" if last else "no checkpoint was saved, so it begins anew"
+        last = checkpoints.found(output_dir)
+        goes_on = f"it goes on from {last[0].path}" if last else "no checkpoint was saved, so it begins anew"
         words = (
             f"error: another process ended, or did not answer within {device.PATIENCE.seconds // 60} minutes ({why}); "
             f"see why on its machine, then start all of them again with the same command: {goes_on}"
@@ -210,48 +212,3 @@ def _leave_token(output: Path) -> tuple[str, str]:
     name = f".met-{secrets.token_hex(8)}"
     handover.write_text(output / name, "")
     return name, str(output.resolve())
-
-
-def resume_point(
-    output_dir: str, resume: bool | str, settings: dict, manifest: dict
-) -> tuple[str, dict] | tuple[None, None]:
-    """(the checkpoint to go on from, the plan that it was trained with), or (None, None) for a fresh start.
-
-    resume: True goes on or ends with exit code 2; False starts afresh; "auto" goes on where an unfinished run with the
-    same settings and data lies. A checkpoint that was cut off while it was written is not used.
-    """
-    folder, last = Path(output_dir), last_checkpoint(output_dir)
-    log, why = {}, "there is no checkpoint"
-    with contextlib.suppress(OSError, ValueError):
-        log = json.loads((folder / "training_log.json").read_text("utf-8"))
-    if last:
-        why = handover.other_run(log, settings, manifest["manifest_sha256"])
-        if not why and log["summary"]["status"] == "done" and resume != True:  # noqa: E712 ("auto" is not True)
-            why = "it is finished"
-        if not why and "tokens_per_pass" not in log.get("plan", {}):
-            why = "an older version of this script trained it"
-    if resume is True and why:
-        fail(f"RESUME is true, but {output_dir} cannot be continued: {why}; start afresh with: --resume false")
-    if resume is not False and not why:
-        say(f"resuming from {last}")
-        return str(last), log["plan"]
-    if last and resume is not False:
-        say(f"starting afresh; the older run in {output_dir} is not continued: {why}")
-    return None, None
-
-
-def last_checkpoint(output_dir: str) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    complete = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            # the Trainer writes this file last
-            complete.append((json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"], path))
-    return max(complete)[1] if complete else None
-
-
-def clear_unless(checkpoint: str | None, output_dir: str) -> None:
-    """Before a fresh start, when all else is settled: remove the checkpoints and events of the run before."""
-    if checkpoint is None and main_process():
-        for path in [*Path(output_dir).glob("checkpoint-*"), Path(output_dir) / "runs"]:
-            shutil.rmtree(path, ignore_errors=True)

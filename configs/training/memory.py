@@ -255,10 +255,13 @@ def _make_plan(settings, config, dtype: torch.dtype, length: int, adapter, free:
         )
     output = settings.OUTPUT_DIR
     left = shutil.disk_usage(output if Path(output).is_dir() else ".").free
-    if left < disk and not settings.PLAN_ONLY:
+    there = 0 if settings.RERUN or settings.RESUME is False else checkpoint_bytes(output)  # they make room in turn
+    if left + there < disk and not settings.PLAN_ONLY:
+        lie = f", {device.size(there)} lie there already" if there else ""
+        fewer = ", keep fewer: --save_total_limit 2" if settings.SAVE_TOTAL_LIMIT > 2 else ""
         fail(
-            f"{output}: {device.size(left)} are left on this disk, and the checkpoints need {device.size(disk)}; make "
-            "room, or choose another place: --output_dir PATH"
+            f"{output}: {device.size(left)} are left on this disk, and the checkpoints need {device.size(disk)}{lie}; "
+            f"make room{fewer}, or choose another place: --output_dir PATH"
         )
     return plan
 
@@ -354,6 +357,11 @@ def ways_out(
     billions = free / total * sizes.total / 1e9
     ways.append(f"a smaller model, of about {billions:.1f} billion parameters (computed in proportion)")
     return ways
+
+
+def checkpoint_bytes(output_dir: str) -> int:
+    """Bytes of the checkpoints that lie in a folder."""
+    return sum(p.stat().st_size for p in Path(output_dir).glob("checkpoint-*/**/*") if p.is_file())
 
 
 def disk_bytes(sizes: Sizes, settings, lora: bool, optim: str, half: bool) -> int:

@@ -1,5 +1,6 @@
 """A run from its start to its end: where it goes on, training_log.json, how it is interrupted, its curves."""
 
+import contextlib
 import math
 import os
 import signal
@@ -16,9 +17,12 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from configs import chat, device, handover
 from configs.device import GB
-from configs.settings import command, fail, say
+from configs.settings import command, disk_full, fail, say
+from configs.state import spell
+from configs.training import checkpoints
 from configs.training.memory import Plan
-from configs.training.trainer import ExactTrainer
+from configs.training.resume import Start
+from configs.training.trainer import DiskFull, ExactTrainer
 
 # --- while it runs
 
@@ -30,26 +34,29 @@ class RunLog(TrainerCallback, ExportableState):
     peak memory) travels in the checkpoint's trainer_state.json.
     """
 
-    def __init__(self, method: str, settings: dict, plan: Plan, manifest: dict, rows: dict, resumed_from: str | None):
-        """rows: {"train_rows": n, "eval_rows": n}; resumed_from: a checkpoint or None."""
+    def __init__(self, method: str, settings: dict, plan: Plan, manifest: dict, rows: dict, start: Start):
+        """rows: {"train_rows": n, "eval_rows": n}; start: where the run begins."""
         self.path = Path(settings["OUTPUT_DIR"]) / "training_log.json"
         self.head = {
             "method": method,
             "model_name": settings["MODEL_NAME"],
             "settings": settings,
+            "identity": start.identity,
             "environment": device.environment(),
             "parameters": {"trainable": None, "total": None, "percent": None},
             "data": {"manifest_sha256": manifest["manifest_sha256"], **rows},
             "plan": plan.as_dict(),
             "notes": [],
         }
-        self.manifest, self.resumed_from = manifest, resumed_from
+        self.manifest, self.start = manifest, start
         self.model_parameters = plan.parameters
         self.seconds, self.pauses, self.peak, self.began = 0.0, 0.0, 0, None
         self.pause: Callable[[], float] = lambda: 0.0  # seconds of this run that were not training
         self.written = (0.0, 0.0)  # when the log was last written, and how long that took
+        self.unwritten = False  # whether the disk was too full for the log
         self.steps: list[float] = []  # seconds of training at the end of each step of this run
         self.signal: int | None = None
+        self.asked = 0.0  # when a signal came, by time.monotonic
         self.prompts: list[tuple[list[int], list[int]]] = []  # (prompt, answer) whose answers TensorBoard shows
 
     def state(self) -> dict:
@@ -67,7 +74,10 @@ class RunLog(TrainerCallback, ExportableState):
         return self.pauses + self.pause()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.resumed_from:
+        if self.start.checkpoint:
+            # as it was written, the path may be that of another folder
+            best = self.start.best and os.path.join(args.output_dir, self.start.best)
+            state.best_model_checkpoint = best
             saved = state.stateful_callbacks.get("RunLog", {})
             saved = saved[-1] if isinstance(saved, list) else saved
             kept = saved["attributes"]
@@ -80,15 +90,26 @@ class RunLog(TrainerCallback, ExportableState):
             "total": total,
             "percent": round(100 * trainable / total, 4),
         }
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.signals():
             signal.signal(number, self.on_signal)
         self.write(state, "running")
 
+    @staticmethod
+    def signals() -> list[int]:
+        """Those that end a run well: Ctrl-C, SIGTERM and a closed terminal, unless nohup has it ignored."""
+        hangup = getattr(signal, "SIGHUP", None)
+        heard = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
+        return [signal.SIGINT, signal.SIGTERM, *([hangup] if heard else [])]
+
     def on_signal(self, number, frame):
+        now = time.monotonic()
+        # a service manager or a closing terminal asks this process and run_all.py, which hands its own on
+        if self.signal is not None and number != signal.SIGINT and now - self.asked < 3:
+            return
         if self.signal is not None:  # asked twice: at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.signal = number
+        self.signal, self.asked = number, now
         say(f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint (again: stop at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -178,19 +199,19 @@ class RunLog(TrainerCallback, ExportableState):
             "tokens_per_second": round(state.num_input_tokens_seen / seconds, 1) if seconds else None,
             "peak_memory_bytes": max(self.peak, device.peak_memory()),
             "best_checkpoint": state.best_model_checkpoint,
-            "resumed_from": self.resumed_from,
+            "resumed_from": self.start.checkpoint,
         }
         if summary["eval_loss"] is not None and not math.isfinite(summary["eval_loss"]):
             summary["eval_loss"] = None
-        handover.write_json(self.path, {**self.head, "history": history, "summary": summary})
+        try:
+            handover.write_json(self.path, {**self.head, "history": history, "summary": summary})
+        except OSError as error:
+            if not disk_full(error) or status == "done":
+                raise
+            if not self.unwritten:  # what it would say is in the checkpoints, too
+                say(f"\nnote: no space is left on the disk for {self.path}; the training goes on")
+            self.unwritten = True
         self.written = (time.monotonic(), time.monotonic() - began)
-
-
-def spell(seconds: float) -> str:
-    """A time for people: "40 s", "12 min" or "3.4 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def indent(text: str) -> str:
@@ -217,8 +238,19 @@ def overfitting(history: list[dict]) -> str | None:
     )
 
 
-def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
-    """Train. An interruption ends the process with 130 or 143 and names the checkpoint; a NaN, with 1."""
+def run(trainer: ExactTrainer, log: RunLog) -> None:
+    """Train, from the log's start on.
+
+    An interruption ends the process with 129, 130 or 143 and names the checkpoint; a NaN, with 1.
+    """
+    checkpoint = log.start.checkpoint
+    if trainer.is_world_process_zero():  # step 4 looks whether a test row is among them
+        rows = {
+            part: {key: rows[key] for key in ("id", "question")}
+            for part, rows in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset))
+        }
+        handover.write_json(Path(trainer.args.output_dir) / handover.TRAINED_ROWS, rows)
+    trainer.run = {key: log.head[key] for key in ("identity", "settings", "plan")}
     if checkpoint:  # its evaluation stands in the log already
         trainer.args.eval_on_start = False
     log.pause = lambda: trainer.paused
@@ -240,9 +272,18 @@ def run(trainer: ExactTrainer, log: RunLog, checkpoint: str | None) -> None:
     except torch.OutOfMemoryError as error:
         log.write(trainer.state, "failed")
         fail(f"{str(error).split('. ')[0]}: {out_of_memory(trainer, log.head['settings'])}")
+    except DiskFull as error:
+        kept = checkpoints.found(trainer.args.output_dir)
+        last = f"it goes on from {kept[0].path}" if kept else "no checkpoint was saved, so it begins anew"
+        with contextlib.suppress(OSError):  # the log, too, needs room
+            log.write(trainer.state, "interrupted")
+        fail(
+            f"no space is left on the disk of {trainer.args.output_dir}: {error} could not be saved, and the training "
+            f"ends here. Make room, then give the same command: {last}"
+        )
     # no step is left to finish: a signal now ends the program, and the next run goes on from the last checkpoint
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in log.signals():
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if log.signal is not None:
         log.write(trainer.state, "interrupted")
         saved = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"

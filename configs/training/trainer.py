@@ -8,6 +8,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from datasets import Dataset
 from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -22,7 +24,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from configs import chat, device, handover, hub
 from configs.device import GB
-from configs.settings import fail, say
+from configs.settings import disk_full, fail, say
+from configs.training import checkpoints
 
 # --- the rows of a step, and its passes
 
@@ -107,6 +110,10 @@ def token_exact(prediction: EvalPrediction) -> dict[str, float]:
     return {"eval_loss": float(nll.sum() / max(tokens.sum(), 1)), "eval_tokens": int(tokens.sum())}
 
 
+class DiskFull(Exception):
+    """A checkpoint, which the message names, could not be saved."""
+
+
 class ExactTrainer(SFTTrainer):
     """SFTTrainer whose steps are sets of rows, whose eval_loss is the mean over tokens, and whose LoRA is fp32.
 
@@ -127,6 +134,7 @@ class ExactTrainer(SFTTrainer):
         self.rows, self.budget, self.packed = plan.rows, plan.tokens, plan.packing
         self.paused = 0.0  # seconds of evaluation, saving and sample answers
         self.doing = "step"  # what memory may run out in: a "pass", "evaluation" or the optimizer's "step"
+        self.run: dict = {}  # what a checkpoint's manifest says of the run
         self.logged: tuple[float, int] | None = None  # when the last record was made, at how many tokens
         super().__init__(*args, compute_metrics=token_exact, **kwargs)
         if self.accelerator.ddp_handler is not None:  # else DDP holds the gradients twice
@@ -205,8 +213,8 @@ class ExactTrainer(SFTTrainer):
                     [{name: part[name][row][kept].tolist() for name in names} for row, kept in enumerate(mask)]
                 )
             else:
-                # padding follows the tokens, so that a causal model needs no mask, and attention without one is faster;
-                # a mixture of experts leaves padding out of its own loss
+                # padding follows the tokens, so a causal model needs no mask, and attention without one is faster; a
+                # mixture of experts leaves padding out of its own loss
                 names = part if self.aux_loss_enabled else ("input_ids", "labels")
                 yield {name: part[name][:, : int(mask.sum(dim=1).max())] for name in names}
 
@@ -304,13 +312,38 @@ class ExactTrainer(SFTTrainer):
         return metrics
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        with self.pause():
+        with self.pause(), self._or_disk_full():
             if self.is_fsdp_enabled:
                 # the library asks whether the folder of the best checkpoint is there before FSDP's shards make it: one
                 # process might see it and another not, and only one of them would then load it and wait for ever
                 folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
                 os.makedirs(folder, exist_ok=True)
-            super()._save_checkpoint(*args, **kwargs)
+            # older ones go only when this one is complete: its manifest comes last, after all processes have written
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            finally:
+                self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                state, best = self.state, self.state.best_model_checkpoint
+                run = {"step": state.global_step, "steps": state.max_steps, "best": best and Path(best).name}
+                folder = Path(self.args.output_dir) / f"checkpoint-{state.global_step}"
+                checkpoints.seal(folder, {**self.run, **run})
+                rotate_checkpoints(self.args.output_dir, limit, best)
+
+    @contextlib.contextmanager
+    def _or_disk_full(self):
+        """Raise DiskFull where a checkpoint does not fit, and remove what was written of it."""
+        try:
+            yield
+        except Exception as error:  # each library has its own kind
+            if not disk_full(error):
+                raise
+            step = self.state.global_step
+            if self.args.should_save:
+                checkpoints.remove([Path(self.args.output_dir) / f"checkpoint-{step}"])
+            raise DiskFull(f"checkpoint-{step}") from error
 
     def save_model(self, *args, **kwargs) -> None:
         """As the Trainer does; ZeRO-3's weights are brought together whatever DeepSpeed's configuration says.
@@ -373,7 +406,8 @@ def token_rows(
 ) -> Dataset:
     """Rows of "train" or "validation" as the trainer takes them.
 
-    Their columns: input_ids, labels (-100 on the prompt), length (tokens), trained (tokens that are trained).
+    Their columns: input_ids, labels (-100 on the prompt), length (tokens), trained (tokens that are trained), id, and
+    question (a hash of the prompt).
 
     A row that does not fit max_length is dropped and counted, never cut: a cut answer teaches to stop in mid-sentence.
     limit: use so many rows (None: all). Raises: SystemExit(2) when more than max_drop_fraction goes.
@@ -387,10 +421,13 @@ def token_rows(
     def encode(row: dict) -> dict:
         context, answer = chat.encode(tokenizer, row["prompt"], row["completion"])
         ids = context + answer
-        return {"input_ids": ids, "labels": [-100] * len(context) + answer, "length": len(ids), "trained": len(answer)}
+        labels, question = [-100] * len(context) + answer, handover.content_hash(row["prompt"])
+        known = {"id": row["id"], "question": question}
+        return {"input_ids": ids, "labels": labels, "length": len(ids), "trained": len(answer), **known}
 
     # keep_in_memory: the ids depend on a template that the cache's fingerprint would not see
-    encoded = rows.map(encode, remove_columns=rows.column_names, keep_in_memory=True, desc="tokenising")
+    texts = [name for name in rows.column_names if name != "id"]
+    encoded = rows.map(encode, remove_columns=texts, keep_in_memory=True, desc="tokenising")
     fitting = encoded.filter(lambda n: n <= max_length, input_columns="length", keep_in_memory=True)
     dropped = len(encoded) - len(fitting)
     if dropped:

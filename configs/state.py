@@ -1,0 +1,260 @@
+"""What lies in data/ and outputs/, and which run it is: finished, interrupted, or out of date. Light: no torch.
+
+A training is known by its identity: what changes its result. Two runs with one identity are one run, so a finished one
+is not repeated and an interrupted one goes on. The identity stands in training_log.json and in each checkpoint.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import handover, hub
+
+# Settings that do not change what a training ends with, or that stand in its identity in another form.
+OUTSIDE = frozenset(
+    """
+    MODEL_NAME MODEL_REVISION DATA_DIR OUTPUT_DIR BATCH_SIZE GRADIENT_ACCUMULATION_STEPS USE_DEEPSPEED DEEPSPEED_CONFIG
+    PLAN_ONLY DEVICE_MEMORY_GB GRADIENT_CHECKPOINTING PACKING MAX_DROP_FRACTION LOGGING_STEPS EVAL_STEPS SAVE_STEPS
+    SAVE_TOTAL_LIMIT EARLY_STOPPING_PATIENCE RESUME RERUN REPORT_TO MERGE_ADAPTER
+    """.split()
+)
+# Of these, "auto" may be what the other value says: the memory plan of the checkpoint decides.
+AUTO = ("PRECISION", "OPTIM")
+END = ("NUM_EPOCHS", "MAX_STEPS")  # a run may go on to a later end
+# Where these differ in a continuation, it is said: they change when something is looked at, or how fast it goes.
+SAID = """EVAL_STEPS SAVE_STEPS SAVE_TOTAL_LIMIT LOGGING_STEPS EARLY_STOPPING_PATIENCE GRADIENT_CHECKPOINTING PACKING
+    BATCH_SIZE GRADIENT_ACCUMULATION_STEPS MAX_DROP_FRACTION REPORT_TO""".split()
+
+# --- the identity of a training
+
+
+def identity(method: str, settings: dict, manifest: dict, commit: str | None = None) -> dict:
+    """What changes the result of a training, as {name: value}.
+
+    method: "lora" or "full"; settings: {name: value} of its script; manifest: of its data, from `read_manifest`;
+    commit: of a model on the Hub, where it is known.
+    """
+    deepspeed = None
+    if settings.get("USE_DEEPSPEED"):
+        with contextlib.suppress(OSError):
+            deepspeed = hashlib.sha256(hub.local_path(settings["DEEPSPEED_CONFIG"]).read_bytes()).hexdigest()
+    own = {name: value for name, value in settings.items() if name not in OUTSIDE}
+    parts = {
+        "method": method,
+        "model": hub.model_path(settings["MODEL_NAME"]),
+        "model_version": model_version(settings["MODEL_NAME"]) or commit,
+        "model_revision": settings["MODEL_REVISION"],
+        "train_rows": manifest["sha256"]["train"],
+        "validation_rows": validation_hash(settings["DATA_DIR"], manifest),
+        "PROMPT_FORMAT": manifest["settings"].get("PROMPT_FORMAT"),
+        "rows_per_step": settings["BATCH_SIZE"] * settings["GRADIENT_ACCUMULATION_STEPS"],
+        "deepspeed": deepspeed,
+        **own,
+    }
+    return json.loads(json.dumps(parts))  # as it will be read again
+
+
+def model_version(name: str) -> str | None:
+    """A hash of a local model folder's configuration and of its weight files' names and sizes; None for a Hub id."""
+    folder = hub.local_path(name)
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix in (".safetensors", ".bin"):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        elif path.name == "config.json":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def validation_hash(data_dir: str | Path, manifest: dict) -> str:
+    """sha256 of the validation rows; read from the rows where an older version of step 1 did not note it."""
+    if noted := manifest["sha256"].get("validation"):
+        return noted
+    rows = handover.load_split(data_dir, "eval")
+    ids = [id for id, part in zip(rows["id"], rows["part"], strict=True) if part == "validation"]
+    return handover.split_hash(ids)
+
+
+def differences(before: dict, now: dict) -> dict[str, tuple]:
+    """{name: (value before, value now)} of what differs between two identities, by meaning."""
+    differing = {}
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        unknown = (name in AUTO and "auto" in (old, new)) or (name == "model_version" and None in (old, new))
+        if old != new and not unknown:
+            differing[name] = old, new
+    if "model" in differing and before.get("model_version") and "model_version" not in differing:
+        del differing["model"]  # the same files at another place
+    return differing
+
+
+def later_end(differing: dict[str, tuple]) -> bool:
+    """Whether nothing differs but the end of the run, and it comes later now."""
+    if not differing or not set(differing) <= set(END):
+        return False
+    ends = [(old, new) for old, new in differing.values() if None not in (old, new)]
+    return len(ends) == len(differing) and all(new > old for old, new in ends)
+
+
+def spelled(name: str, before: object, now: object) -> str:
+    """One difference, for people."""
+    words = {
+        "model_version": "the files of the model are others",
+        "train_rows": "the training rows are others",
+        "validation_rows": "the validation rows are others",
+        "deepspeed": "the DeepSpeed configuration is another one",
+    }
+    title = {"model": "MODEL_NAME", "model_revision": "MODEL_REVISION"}.get(name, name)
+    if name == "rows_per_step":
+        title = "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"
+    return words.get(name) or f"{title} was {before!r} and is {now!r}"
+
+
+def spell(seconds: float) -> str:
+    """A time for people: "40 s", "12 min" or "3.4 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# --- what lies in an output folder
+
+
+def training_log(output_dir: str | Path) -> dict:
+    """training_log.json as it lies there; {} where it is missing, or not one of ours."""
+    with contextlib.suppress(OSError, ValueError):
+        log = json.loads((Path(output_dir) / "training_log.json").read_text("utf-8"))
+        if isinstance(log, dict) and all(isinstance(log.get(key), dict) for key in ("settings", "summary", "data")):
+            return log
+    return {}
+
+
+def final_folder(method: str) -> str:
+    """Name of the folder that a finished training leaves in its OUTPUT_DIR."""
+    return {"lora": "final_lora_adapter", "full": "final_model"}[method]
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a final folder holds weights."""
+    return any(folder.glob("*.safetensors"))
+
+
+def finished(output_dir: str | Path, method: str, log: dict) -> bool:
+    """Whether the training that this log tells of is done and its model still there."""
+    done = log.get("summary", {}).get("status") == "done"
+    return done and has_weights(Path(output_dir) / final_folder(method))
+
+
+def history_folder(output_dir: str | Path) -> Path:
+    """Where a run is moved that makes room for another: history/NAME-TIME beside its folder."""
+    folder = Path(output_dir).absolute()
+    inside = folder.stat().st_dev != folder.parent.stat().st_dev  # a file system of its own
+    base = (folder if inside else folder.parent) / "history" / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number, path = 1, base
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+# --- the state of each step, for run_all.py
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known of a step. kind: "done", "out of date", "interrupted", "running" or "not yet"; why: in words."""
+
+    kind: str
+    why: str = ""
+
+
+def of_step(section: str, settings: dict) -> Step:
+    """The state of the step "prepare", "lora", "full" or "evaluate". settings: {name: value} of its script."""
+    try:
+        return {"prepare": of_data, "evaluate": of_evaluation}.get(section, of_training)(settings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not ours, or damaged: the step says what
+        return Step("not yet")
+
+
+def of_data(settings: dict) -> Step:
+    """The state of data/: done where it was made with these settings from the same files."""
+    folder = Path(settings["DATA_DIR"])
+    if handover.is_locked(folder):
+        return Step("running", handover.holder(folder))
+    if not (folder / "manifest.json").exists():
+        return Step("not yet")
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    if changed := _changed(manifest["settings"], settings, ("DATA_DIR",)):
+        return Step("out of date", changed)
+    if manifest.get("source_files") != files_hash(settings["DATASET_NAME"]):
+        return Step("out of date", f"{settings['DATASET_NAME']} is not what it was")
+    counts = manifest["rows"]
+    return Step("done", f"{counts['train']} rows to train on, {counts['test']} to test")
+
+
+def of_training(settings: dict) -> Step:
+    """The state of outputs/*_model: done where a run with this identity is finished."""
+    method, output = "lora" if "LORA_R" in settings else "full", settings["OUTPUT_DIR"]
+    if handover.is_locked(output):
+        return Step("running", handover.holder(output))
+    log = training_log(output)
+    if not log:
+        return Step("not yet")
+    manifest = json.loads((Path(settings["DATA_DIR"]) / "manifest.json").read_text("utf-8"))
+    differing = differences(log["identity"], identity(method, settings, manifest))
+    if differing:
+        return Step("out of date", "; ".join(spelled(name, *values) for name, values in differing.items()))
+    summary = log["summary"]
+    if not finished(output, method, log):
+        return Step("interrupted", f"at step {summary['steps']}")
+    if settings.get("MERGE_ADAPTER") and not has_weights(Path(output) / "merged_model"):
+        return Step("out of date", "merged_model is not there")
+    return Step("done", f"eval_loss {summary['eval_loss']:.4f} in {spell(summary['train_runtime_s'])}")
+
+
+def of_evaluation(settings: dict) -> Step:
+    """The state of the results: done where these models were compared on these data with these settings."""
+    path = Path(settings["REPORT_DIR"]) / "evaluation_results.json"
+    if not path.exists():
+        return Step("not yet")
+    results = json.loads(path.read_text("utf-8"))
+    if changed := _changed(results["settings"], settings, ("REPORT_DIR", "DATA_DIR", "LORA_DIR", "FULL_DIR")):
+        return Step("out of date", changed)
+    if results["data"].get("made_from") != made_from(settings):
+        return Step("out of date", "the data or a model is another one")
+    return Step("done", results["verdict"].splitlines()[0] if isinstance(results["verdict"], str) else "")
+
+
+def made_from(settings: dict) -> dict[str, str | None]:
+    """sha256 of what an evaluation reads: the manifest of the data and the log of each training; None: not there."""
+    paths = {"data": Path(settings["DATA_DIR"]) / "manifest.json"}
+    paths |= {key.lower(): Path(settings[key]) / "training_log.json" for key in ("LORA_DIR", "FULL_DIR")}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None for name, path in paths.items()
+    }
+
+
+def files_hash(name: str) -> str | None:
+    """sha256 over the names and contents of a local data file or folder; None for a data set on the Hub."""
+    place = hub.local_path(name)
+    if place is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _changed(before: dict, now: dict, places: tuple[str, ...]) -> str:
+    """The first setting that differs, in words; "" where none does. places: settings that only say where files lie."""
+    for name in now:
+        if name not in places and json.loads(json.dumps(now[name])) != before.get(name, now[name]):
+            return f"{name} was {before.get(name)!r} and is {now[name]!r}"
+    return ""
