@@ -72,7 +72,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from configs import chat, device, handover
+from configs import chat, device, handover, state
 from configs.evaluation import metrics
 from configs.evaluation.candidates import (
     Candidate,
@@ -92,14 +92,15 @@ from configs.evaluation.report import (
     model_card_scores,
     plots,
     printable,
+    records_of,
     sentence,
     summary_table,
     verdict,
     write_card,
     write_report,
 )
-from configs.evaluation.scoring import RowMetric, acting_as, answer, load_model, pieces, score
-from configs.evaluation.statistics import compare, holm
+from configs.evaluation.scoring import RowMetric, acting_as, answer, better_form, load_model, pieces, score
+from configs.evaluation.statistics import blocks, compare, effective_number, shaffer
 from configs.handover import EVALUATE, PREPARE
 from configs.preparation.reading import general_text
 
@@ -201,7 +202,7 @@ def fairness(
     """What makes the comparison unfair or too weak, as notes for the report.
 
     logs: of the trained models, by method. cut: answers per trained model that did not end by themselves. questions:
-    different ones among the test rows; prompts: number of test prompts.
+    effective number of different ones among the test rows; prompts: number of test prompts.
     """
     notes: list[Note] = []
     # a sign-flip test of n groups cannot go below 2 / 2**n, which Holm multiplies by up to 3
@@ -220,6 +221,9 @@ def fairness(
         planned = own["MAX_STEPS"] or max(round(steps / max(epochs, 1e-9) * own["NUM_EPOCHS"]), 1)
         if steps <= math.ceil(planned * own["WARMUP_RATIO"]):
             notes.append(("warm_up", {"name": name, "steps": steps}))
+        losses = [r["eval_loss"] for r in log["history"] if isinstance(r.get("eval_loss"), float)]
+        if len(losses) > 2 and losses[-1] < 0.99 * losses[-2]:
+            notes.append(("still_falling", {"name": name, "fell": 1 - losses[-1] / losses[-2]}))
     if len(logs) < 2:
         return notes
     lora, full = logs["lora"], logs["full"]
@@ -227,16 +231,16 @@ def fairness(
         if lora["settings"][key] != full["settings"][key]:
             notes.append(("differ", {"what": key, "lora": lora["settings"][key], "full": full["settings"][key]}))
     batches = {
-        name: log["settings"]["BATCH_SIZE"]
-        * log["settings"]["GRADIENT_ACCUMULATION_STEPS"]
-        * log["environment"]["processes"]
+        name: log["settings"]["BATCH_SIZE"] * log["settings"]["GRADIENT_ACCUMULATION_STEPS"]
         for name, log in logs.items()
     }
     if batches["lora"] != batches["full"]:
         notes.append(("rows_per_step", batches))
-    if lora["settings"]["LEARNING_RATE"] == full["settings"]["LEARNING_RATE"]:
-        notes.append(("same_rate", {"rate": lora["settings"]["LEARNING_RATE"]}))
-    if lora["data"]["manifest_sha256"] != full["data"]["manifest_sha256"]:
+    ratio = lora["settings"]["LEARNING_RATE"] / full["settings"]["LEARNING_RATE"]
+    if not 3 <= ratio <= 30:
+        notes.append(("rate_ratio", {"ratio": ratio, "command": command("run_all.py", "--sweep")}))
+    rows = [log.get("identity", {}).get("train_rows", log["data"]["manifest_sha256"]) for log in (lora, full)]
+    if rows[0] != rows[1]:
         notes.append(("different_data", {}))
     if lora["data"]["train_rows"] != full["data"]["train_rows"]:
         notes.append(("train_rows", {name: log["data"]["train_rows"] for name, log in logs.items()}))
@@ -299,7 +303,9 @@ def measure(
             row = held_out.rows[int(np.flatnonzero(~np.isfinite(values))[0])]["id"]
             remedy = candidate.remedy if candidate.log else "take another model, or --precision fp32"
             fail(f"{label} gives no number for row {row} (nan or infinite); {remedy}")
-    form = min(nll, key=lambda form: nll[form].sum())
+    form = forms[0]
+    if len(forms) > 1:
+        form = better_form(model, tokenizer, held_out.validation or held_out.rows, budget, label)
 
     answers = None
     if not candidate.is_control:
@@ -360,7 +366,7 @@ def rows_of(name: str, measured: Measured, held_out: HeldOut) -> Rows | None:
         return Rows(measured.nll[measured.form], measured.tokens, held_out.groups)
     if metric.on == "general text":
         text = measured.general
-        return Rows(text["nll"], text["tokens"], list(range(len(text["nll"])))) if text else None
+        return Rows(text["nll"], text["tokens"], blocks(len(text["nll"]))) if text else None
     columns = inspect.signature(metric.function).parameters
     if measured.answers is None or ("embed" in columns and held_out.embed is None):
         return None
@@ -407,7 +413,7 @@ def describe(settings, candidate: Candidate, measured: Measured, held_out: HeldO
 
 
 def compare_all(settings, by_model: dict[str, dict[str, Rows]]) -> list[dict]:
-    """Every pair in every metric, with Holm's p-values over the pairs of a metric.
+    """Every pair in every metric, with p-values adjusted over the pairs of a metric (`raw_p` is the unadjusted one).
 
     by_model: {label: {metric: Rows}}. The 4-bit pairs answer another question, and are a family of their own.
     """
@@ -424,25 +430,10 @@ def compare_all(settings, by_model: dict[str, dict[str, Rows]]) -> list[dict]:
                     values = rows.values[known], others.values[known], rows.weights[known], groups
                     outcome = compare(*values, settings.RESAMPLES, settings.SEED, len(pairs))
                     compared.append({"a": a, "b": b, "metric": metric, **outcome})
-            for comparison, p_value in zip(compared, holm([c["p_value"] for c in compared]), strict=True):
-                comparison["p_value"] = p_value
+            for comparison, p_value in zip(compared, shaffer([c["p_value"] for c in compared]), strict=True):
+                comparison |= {"raw_p": comparison["p_value"], "p_value": p_value}
             comparisons += compared
     return comparisons
-
-
-def records_of(label: str, measured: Measured, held_out: HeldOut) -> list[dict]:
-    """The lines of evaluation_examples.jsonl for one model: every scored row, then every answer."""
-    records = []
-    nll = measured.nll[measured.form]
-    for row, (context, answer_ids), value, size in zip(
-        held_out.rows, measured.pairs, nll, held_out.sizes, strict=True
-    ):
-        ids = {"context_ids": context, "continuation_ids": answer_ids}
-        scores = {"nll": float(value), "tokens": len(answer_ids), "bytes": size}
-        records.append({"id": row["id"], "model": label, **ids, **scores})
-    for p, record in zip(held_out.prompts, measured.answers or [], strict=measured.answers is not None):
-        records.append({"id": p["id"], "model": label, "prompt": p["prompt"], **record, "reference": p["reference"]})
-    return records
 
 
 def with_embedder(settings, held_out: HeldOut) -> HeldOut:
@@ -542,6 +533,7 @@ def main() -> None:
     general = general_text(settings.GENERAL_TEXT)
     with handover.lock(settings.REPORT_DIR):
         # --- measure
+        made_from = state.made_from(vars(settings))  # before: a training may end while this runs
         held_out = load_held_out(settings, manifest)
         candidates = load_tokenizers(candidates, settings, prompt_format)
         measured = measure_all(settings, candidates, held_out, general)
@@ -560,9 +552,10 @@ def main() -> None:
         }
         if "base_4bit" in described:  # the control is no fourth model: it stands with LoRA, which it explains
             described["lora"]["base_4bit"] = described.pop("base_4bit")
-        reasons, logs = unsound(candidates, manifest), {c.label: c.log for c in candidates if c.log}
+        reasons, logs = unsound(candidates, manifest, held_out), {c.label: c.log for c in candidates if c.log}
         cut = {label: measured[label].stopped.count(False) for label in logs}
-        questions, prompts = len(set(held_out.groups)), len(held_out.prompts)
+        tokens = measured["base"].tokens
+        questions, prompts = round(effective_number(tokens, held_out.groups)), len(held_out.prompts)
         comparisons = compare_all(settings, by_model)
         warnings = notes + reasons + fairness(logs, len(held_out.rows), settings, cut, questions, prompts)
         warnings += rounding(device.scoring_precision(settings.PRECISION), comparisons)
@@ -570,11 +563,12 @@ def main() -> None:
             warnings.append(opinion["withheld"])
 
         # --- write
-        data = {"source": manifest["source"], "manifest_sha256": manifest["manifest_sha256"]}
+        data = {"source": manifest["source"], "manifest_sha256": manifest["manifest_sha256"], "made_from": made_from}
         results = {
             "environment": device.environment(),
             "settings": vars(settings),
-            "data": data | {"test_rows": len(held_out.rows), "test_prompts": prompts},
+            "data": data
+            | {"test_rows": len(held_out.rows), "test_groups": len(set(held_out.groups)), "test_prompts": prompts},
             "models": described,
             "metrics": {name: {"better": metric.better, "unit": metric.unit} for name, metric in METRICS.items()},
             "comparisons": comparisons,

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from configs import handover
 from configs.evaluation.statistics import shows
-from configs.settings import say
+from configs.settings import command, say
 
 Note = tuple[str, dict]  # key of a sentence in templates/<language>.yaml, and what it is filled with
 TEMPLATES = Path(__file__).with_name("templates")
@@ -158,6 +158,11 @@ def draw_cost(axes, models: dict) -> None:
 # --- pages
 
 
+def p_text(p: float) -> str:
+    """A p-value for people; no more digits than resampling can tell."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def cell(text: object) -> str:
     """Text of data or models as one harmless table cell: no markup, line break, column or other writing direction."""
     short = " ".join(re.sub("[\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", str(text)).split())
@@ -180,8 +185,9 @@ def write_report(results: dict, examples: list[dict], images: list[str], folder:
     )
     words = load_words(language)
     templates.filters["cell"] = cell
+    templates.filters["p"] = p_text
     templates.filters["say"] = lambda note: sentence(note, words)
-    templates.globals.update(w=words, shows=shows, language=language)
+    templates.globals.update(w=words, shows=shows, language=language, sweep=command("run_all.py", "--sweep"))
     text = templates.get_template("report.md.jinja").render(results, examples=examples, images=images)
     handover.write_text(folder / "evaluation_report.md", text)
     html = markdown.markdown(text, extensions=["tables"])
@@ -190,6 +196,24 @@ def write_report(results: dict, examples: list[dict], images: list[str], folder:
         html = html.replace(f'src="plots/{image}"', f'src="data:image/png;base64,{data}"')
     page = templates.get_template("page.html.jinja").render(body=html)
     handover.write_text(folder / "evaluation_report.html", page)
+
+
+def records_of(label: str, measured, held_out) -> list[dict]:
+    """The lines of evaluation_examples.jsonl for one model: every scored row, then every answer.
+
+    measured: script 4's Measured; held_out: candidates.HeldOut.
+    """
+    records = []
+    nll = measured.nll[measured.form]
+    for row, (context, answer_ids), value, size in zip(
+        held_out.rows, measured.pairs, nll, held_out.sizes, strict=True
+    ):
+        ids = {"context_ids": context, "continuation_ids": answer_ids}
+        scores = {"nll": float(value), "tokens": len(answer_ids), "bytes": size}
+        records.append({"id": row["id"], "model": label, **ids, **scores})
+    for p, record in zip(held_out.prompts, measured.answers or [], strict=measured.answers is not None):
+        records.append({"id": p["id"], "model": label, "prompt": p["prompt"], **record, "reference": p["reference"]})
+    return records
 
 
 # --- the terminal

@@ -267,6 +267,20 @@ def score(
     return np.array(spread(lengths, work), dtype=float)
 
 
+def better_form(model: PreTrainedModel, tokenizer, rows: list[dict], budget: int | None, label: str) -> str:
+    """The prompt form, "chat" or "plain", with which a base answers these rows better.
+
+    rows: {prompt, completion} of the validation part: a form chosen by the test rows would flatter the base on them.
+    """
+    encoded = [chat.encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    # the answer's text alone: the token that ends it is the template's, which the base was never shown
+    pairs = {"chat": [(context, answer_ids[:-1]) for context, answer_ids in encoded]}
+    plain = [chat.plain_prompt(tokenizer, row["prompt"]) for row in rows]
+    pairs["plain"] = [(context, answer_ids[:-1]) for context, (_, answer_ids) in zip(plain, encoded, strict=True)]
+    nll = {form: score(model, pairs[form], budget, f"{label}, {form} prompt, validation").sum() for form in pairs}
+    return min(nll, key=lambda form: nll[form])
+
+
 def pieces(tokenizer, texts: list[str], width: int = 256) -> tuple[list[list[int]], list[int]]:
     """(token ids, UTF-8 bytes) of GENERAL_PIECES pieces of up to `width` tokens, spread over all texts.
 

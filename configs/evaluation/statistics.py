@@ -34,13 +34,15 @@ def compare(
     """Difference a - b of two models on the same rows, with a 95 % interval and a two-sided p-value.
 
     a, b: numerators per row (nll in nats, or a score), shape (rows,); weight: their common denominators (tokens, or
-    1); the difference is sum(a - b) / sum(weight). groups: rows with the same question are drawn together. The
-    interval is the studentised bootstrap over groups (Efron and Tibshirani 1993, chapter 12.5), which follows skewed
-    differences where percentiles do not; with fewer than 10 groups Student's t. The p-value is the larger one of that
-    bootstrap's and of a sign-flip permutation test over groups (Fisher 1935), so that few groups cannot show anything.
-    Identical models give a difference of exactly 0 and p = 1. smallest_detectable: the difference that a comparison of
-    so many groups, with this spread, would find in four of five cases at a level of 5 % / pairs, two-sided: (t + 0.84)
-    standard errors (Cohen 1988).
+    1); the difference is sum(a - b) / sum(weight). groups: rows with the same question are drawn together. Each end of
+    the interval is the outer one of the studentised bootstrap over groups (Efron and Tibshirani 1993, chapter 12.5),
+    which follows skewed differences, and of Student's t, since the bootstrap collapses where few groups differ; with
+    fewer than 6 groups Student's t alone. The p-value is the largest one of these and of a sign-flip permutation test
+    over groups (Fisher 1935), so that few groups cannot show anything. Identical models give a difference of exactly 0
+    and p = 1. smallest_detectable: the difference that a comparison of so many groups, with this spread, would find in
+    four of five cases at a level of 5 % / pairs, two-sided: (t + 0.84) standard errors (Cohen 1988); None with fewer
+    than 10 groups, whose spread is hardly known. error: the standard error. effective_groups: (sum of weights)^2 / sum
+    of squared weights (Kish 1965), fewer than groups where some weigh more than others.
     Raises: ValueError for a value that is no finite number, or for a single group, which has no spread.
     """
     place, drawn, _ = resample(groups, resamples, seed)
@@ -54,12 +56,11 @@ def compare(
     error = math.sqrt(fewer * np.square(d - observed * w).sum()) / w.sum()
     error = 0.0 if error <= 1e-12 * abs(observed) else error  # rounding of what is constant
     beyond = stats.norm.ppf(0.8) + stats.t.ppf(1 - 0.025 / pairs, n - 1)
-    # under 10 groups a bootstrap has too few different samples, and without a spread it has none
-    if n < 10 or not error:
-        reach = stats.t.ppf(0.975, n - 1) * error
-        low, high = observed - reach, observed + reach
-        p = float(2 * stats.t.sf(abs(observed) / error, n - 1)) if error else float(not observed)
-    else:
+    reach = stats.t.ppf(0.975, n - 1) * error
+    low, high = observed - reach, observed + reach
+    p = float(2 * stats.t.sf(abs(observed) / error, n - 1)) if error else float(not observed)
+    # under 6 groups a bootstrap has too few different samples, and without a spread it has none
+    if n >= 6 and error:
         e, sampled = d - observed * w, []  # centred: less is lost when squares are subtracted
         # each sample's own t: its distance from the observed difference, in its own standard errors
         for times in drawn:
@@ -72,18 +73,35 @@ def compare(
         t = t[np.isfinite(t)]
         # the ends swap: where samples run too high, the truth lies lower
         upper, lower = np.percentile(t, [97.5, 2.5])
-        low, high = observed - upper * error, observed - lower * error
+        low, high = min(low, observed - upper * error), max(high, observed - lower * error)
         # how many samples lie as far out as zero does; + 1 counts the observed one among them
         beside = min((t >= observed / error).sum(), (t <= observed / error).sum())
-        p = min(1.0, 2 * (beside + 1) / (len(t) + 1))
+        p = max(p, min(1.0, 2 * (beside + 1) / (len(t) + 1)))
     return {
         "difference": float(observed),
         "ci95": [float(low), float(high)],
         "p_value": max(p, sign_flip_p(d, resamples, seed)),
         "n": len(groups),
         "groups": n,
-        "smallest_detectable": float(beyond * error),
+        "effective_groups": effective_number(weight, groups),
+        "smallest_detectable": float(beyond * error) if n >= 10 else None,
+        "error": float(error),
     }
+
+
+def effective_number(weight: np.ndarray, groups: list) -> float:
+    """(sum of weights)^2 / sum of squared weights, over groups (Kish 1965): how many equal ones would tell as much."""
+    place, _, _ = resample(groups, 1, 0)
+    w = np.bincount(place, weight).astype(float)
+    return float(w.sum() ** 2 / np.square(w).sum())
+
+
+def blocks(number: int, of: int = 20) -> list[int]:
+    """The block of each of `number` consecutive pieces of a text, so that `of` blocks are observations, not pieces.
+
+    Neighbouring pieces are about the same things, so their losses move together (block bootstrap, Kuensch 1989).
+    """
+    return [piece * min(of, number) // number for piece in range(number)]
 
 
 def sign_flip_p(difference: np.ndarray, resamples: int, seed: int) -> float:
@@ -105,10 +123,185 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
+def shaffer(p_values: list[float]) -> list[float]:
+    """p-values of the three pairs of three models, adjusted for their number (Shaffer 1986), in the same order.
+
+    Of three pairs, none or one or all three are equal: two equal pairs would make the third one equal. So after the
+    smallest p-value, which counts three times, only one more can be false, and the others count once. Any other number
+    of pairs is adjusted as Holm does.
+    """
+    if len(p_values) != 3:
+        return holm(p_values)
+    order = sorted(range(3), key=lambda i: p_values[i])
+    adjusted, running = [0.0] * 3, 0.0
+    for times, i in zip((3, 1, 1), order, strict=True):
+        running = max(running, min(1.0, p_values[i] * times))
+        adjusted[i] = running
+    return adjusted
+
+
 def shows(comparison: dict) -> bool:
     """Whether a difference shows: its 95 % interval excludes 0 and Holm's adjusted p is below 0.05."""
     low, high = comparison["ci95"]
     return not low <= 0 <= high and comparison["p_value"] < 0.05
+
+
+# --- several runs of each method
+
+
+def means(runs: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The value of each run, shape (runs,): sum over rows of `runs`, shape (runs, rows), over the sum of `weight`."""
+    return runs.sum(axis=1) / weight.sum()
+
+
+def seed_part(arms: list[np.ndarray]) -> tuple[float, float]:
+    """(variance, degrees of freedom) that the seeds give to a sum or difference of arms' means.
+
+    arms: the value of each run, shape (runs,), at least two; an arm without seeds, as a base model, is left out.
+    Variance: the sum over arms of s^2 / runs; degrees of freedom: Satterthwaite (1946), infinite without any spread.
+    """
+    parts = [(float(np.var(values, ddof=1)) / len(values), len(values) - 1) for values in arms]
+    variance = sum(part for part, _ in parts)
+    squares = sum(part**2 / df for part, df in parts)
+    return variance, variance**2 / squares if squares else math.inf
+
+
+def compare_runs(
+    a: np.ndarray, b: np.ndarray, weight: np.ndarray, groups: list, resamples: int, seed: int, pairs: int = 1
+) -> dict:
+    """Difference a - b of two methods, each trained with several seeds, with a 95 % interval over rows and seeds.
+
+    a, b: numerators per run and row, shapes (runs of a, rows) and (runs of b, rows), or (rows,) for a base model that
+    has no seeds; weight, groups, pairs: as in `compare`. The interval of the rows, from `compare` on the means over
+    runs, (l, u), and that of the seeds, +- h = t sqrt(V) (`seed_part`), are joined by MOVER (Zou and Donner 2008):
+    [d - sqrt((d - l)^2 + h^2), d + sqrt((u - d)^2 + h^2)]. The p-value is at least that of a t-test on both variances.
+    Adds to compare's result: rows_ci95 and row_error, seed_error, runs, and `helps`: "seeds" or "rows", the larger
+    part of the variance. Raises: ValueError for a method with a single run, whose spread is unknown.
+    """
+    arms = [np.atleast_2d(np.asarray(x, float)) for x in (a, b)]
+    given = [arm for x, arm in zip((a, b), arms, strict=True) if np.ndim(x) == 2]
+    if any(len(arm) < 2 for arm in given):
+        raise ValueError("a single run tells nothing about the spread between runs")
+    result = compare(arms[0].mean(axis=0), arms[1].mean(axis=0), weight, groups, resamples, seed, pairs)
+    variance, freedom = seed_part([means(arm, np.asarray(weight)) for arm in given]) if given else (0.0, math.inf)
+    difference, (low, high), n = result["difference"], result["ci95"], result["groups"]
+    reach = quantile(0.975, freedom) * math.sqrt(variance)
+    squares = result["error"] ** 4 / (n - 1) + (variance**2 / freedom if variance else 0.0)
+    error = math.sqrt(result["error"] ** 2 + variance)
+    both = error**4 / squares if squares else math.inf
+    p = float(2 * survival(abs(difference) / error, both)) if error else float(not difference)
+    beyond = stats.norm.ppf(0.8) + quantile(1 - 0.025 / pairs, both)
+    return result | {
+        "ci95": [difference - math.hypot(difference - low, reach), difference + math.hypot(high - difference, reach)],
+        "p_value": max(result["p_value"], p),
+        "rows_ci95": [low, high],
+        "row_error": result["error"],
+        "seed_error": math.sqrt(variance),
+        "error": error,
+        "smallest_detectable": float(beyond * error) if n >= 10 else None,
+        "runs": [len(arm) if np.ndim(x) == 2 else 0 for x, arm in zip((a, b), arms, strict=True)],
+        "helps": "seeds" if variance > result["error"] ** 2 else "rows",
+    }
+
+
+def quantile(level: float, freedom: float) -> float:
+    """Student's t quantile; the normal one where the degrees of freedom are infinite."""
+    return float(stats.norm.ppf(level) if math.isinf(freedom) else stats.t.ppf(level, freedom))
+
+
+def survival(t: float, freedom: float) -> float:
+    return float(stats.norm.sf(t) if math.isinf(freedom) else stats.t.sf(t, freedom))
+
+
+def share_kept(
+    base: np.ndarray, lora: np.ndarray, full: np.ndarray, weight: np.ndarray, groups: list, share: float
+) -> dict:
+    """How much of full fine-tuning's gain over the base LoRA keeps, and whether it keeps at least `share` of it.
+
+    base: nll per row, shape (rows,); lora, full: per run and row. rho = (B - L) / (B - F) with its 95 % interval by
+    Fieller (1954), from the variances over groups and over seeds; [None, None] where full's gain does not differ from
+    zero. contrast: (1 - share) B + share F - L, in nats per token, positive where LoRA keeps more than the share
+    (Holmgren 1999); keeps: whether its 95 % interval lies above zero, which is the non-inferiority test at a
+    one-sided level of 2.5 %. full_gains: whether full's gain does; without it, a share of it means nothing.
+    """
+    place, _, _ = resample(groups, 1, 0)
+    n, total = int(place.max()) + 1, float(np.sum(weight))
+    w = np.bincount(place, weight, n).astype(float)
+    b, low, f = (np.bincount(place, x, n) for x in (base, lora.mean(axis=0), full.mean(axis=0)))
+    top, bottom = (b - low).sum() / total, (b - f).sum() / total  # LoRA's gain and full's
+    u, v = b - low - top * w, b - f - bottom * w
+    fewer = n / (n - 1) / total**2
+    seeds_lora, seeds_full = (means(x, np.asarray(weight)) for x in (lora, full))
+    var_l, var_f = (float(np.var(x, ddof=1)) / len(x) for x in (seeds_lora, seeds_full))
+    uu, uv, vv = fewer * (u @ u) + var_l, fewer * (u @ v), fewer * (v @ v) + var_f
+
+    def spread(rho: float) -> tuple[float, float]:
+        """(standard error, degrees of freedom) of top - rho x bottom."""
+        rows = fewer * np.square(u - rho * v).sum()
+        parts = [(rows, n - 1), (var_l, len(lora) - 1), (rho**2 * var_f, len(full) - 1)]
+        variance, squares = sum(p for p, _ in parts), sum(p**2 / df for p, df in parts)
+        return math.sqrt(variance), variance**2 / squares if squares else math.inf
+
+    error, freedom = spread(share)
+    t = quantile(0.975, freedom)
+    contrast = top - share * bottom
+    gain_error = math.sqrt(vv)
+    gains = bottom - t * gain_error > 0
+    # the values of rho that (top - rho bottom)^2 <= t^2 Var(top - rho bottom) does not rule out
+    ends, a = [None, None], bottom**2 - t**2 * vv
+    if gains and a > 0:
+        half, c = top * bottom - t**2 * uv, top**2 - t**2 * uu
+        root = math.sqrt(max(half**2 - a * c, 0.0))
+        ends = [(half - root) / a, (half + root) / a]
+    return {
+        "kept": float(top / bottom) if bottom else None,
+        "ci95": ends,
+        "share": share,
+        "contrast": float(contrast),
+        "contrast_ci95": [float(contrast - t * error), float(contrast + t * error)],
+        "full_gains": bool(gains),
+        "keeps": bool(gains and contrast - t * error > 0),
+    }
+
+
+def standing(ci95: list[float], margin: float) -> str:
+    """What an interval of a difference in nll (positive: worse) says beside a margin, in nats per token.
+
+    "better", "equivalent" (the difference lies within the margin on both sides), "good enough" (not worse by more than
+    the margin), "worse within the margin", "worse" or "undecided" (Piaggio et al. 2012).
+    """
+    low, high = ci95
+    if high < 0:
+        return "better"
+    if -margin < low and high < margin:
+        return "worse within the margin" if low > 0 else "equivalent"
+    if high < margin:
+        return "good enough"
+    return "worse" if low > 0 else "undecided"
+
+
+def needed(comparison: dict, margin: float) -> dict[str, int]:
+    """About how many groups and runs an undecided comparison would take: {"groups": n, "runs": n}.
+
+    So many that 1.96 standard errors are as small as the distance of the difference from the nearer one of zero and
+    the margin. Each number is computed with the other part as it is; a part that cannot do it alone is left out.
+    """
+    d = comparison["difference"]
+    distance = min(abs(d), abs(margin - d)) / 1.96
+    row, seeds = comparison["row_error"] ** 2, comparison["seed_error"] ** 2
+    found = {}
+    if distance**2 > seeds and row:
+        found["groups"] = math.ceil(comparison["groups"] * row / (distance**2 - seeds))
+    if distance**2 > row and seeds:
+        found["runs"] = math.ceil(max(comparison["runs"]) * seeds / (distance**2 - row))
+    return found
+
+
+def expected_best(losses: list[float], budget: int) -> float:
+    """The lowest loss to expect from `budget` runs drawn from these, with replacement (Dodge et al. 2019)."""
+    ordered, n = sorted(losses), len(losses)
+    chance = [((n - i) / n) ** budget - ((n - i - 1) / n) ** budget for i in range(n)]
+    return float(np.dot(ordered, chance))
 
 
 # --- win rates

@@ -1,0 +1,262 @@
+"""A sweep's report: what to do in a sentence a pair, tables, plots; sweep_report.md and .html in two languages."""
+
+import base64
+from pathlib import Path
+
+import markdown
+import numpy as np
+import yaml
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
+
+from configs import handover
+from configs.device import size
+from configs.evaluation import statistics
+from configs.evaluation.report import TEMPLATES as PAGES
+from configs.evaluation.report import cell, load_words
+from configs.state import spell
+
+TEMPLATES = Path(__file__).with_name("templates")
+STANDINGS = {"good enough": "good_enough", "worse within the margin": "within"}
+PALETTE = ("#4477aa", "#cc6677", "#228833", "#aa3377", "#ccbb44", "#66ccee")
+
+
+def words_of(language: str) -> dict[str, str]:
+    """Every sentence of a sweep's report, from templates/<language>.yaml."""
+    return yaml.safe_load((TEMPLATES / f"{language}.yaml").read_text("utf-8"))
+
+
+# --- sentences
+
+
+def advice(results: dict, w: dict) -> list[str]:
+    """What to do, in a sentence for each pair of arms."""
+    names, lines = list(results["arms"]), []
+    compared = {(c["a"], c["b"]): c for c in results["comparisons"]}
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            whys = [
+                w[f"why_{results['withheld'][arm]}"].format(arm=arm) for arm in (a, b) if arm in results["withheld"]
+            ]
+            if whys or (a, b) not in compared:
+                lines.append(w["advice_withheld"].format(a=a, b=b, why=w["and"].join(whys) or w["none"]))
+            else:
+                lines.append(advice_on(compared[a, b], results, w))
+    return lines
+
+
+def advice_on(comparison: dict, results: dict, w: dict) -> str:
+    a, b, (low, high) = comparison["a"], comparison["b"], comparison["ci95"]
+    margin, standing = results["margins"]["perplexity"] - 1, comparison["standing"]
+    values = {"a": a, "b": b, "low": low, "high": high, "margin": margin, "cheaper": cheaper(results, a, b, w)}
+    shown = comparison["p_value"] < 0.05  # after the adjustment for the number of pairs
+    if standing == "better" and shown:
+        return w["advice_better"].format(a=a, b=b, d=-comparison["difference"], low=-high, high=-low)
+    if standing == "worse" and shown:
+        return w["advice_better"].format(a=b, b=a, d=comparison["difference"], low=low, high=high)
+    if standing in ("equivalent", "good enough", "worse within the margin"):
+        return w[f"advice_{STANDINGS.get(standing, standing)}"].format(**values)
+    if -high < 0 and -low < np.log(1 + margin) and not shown:
+        pass  # below, as undecided
+    return w["advice_undecided"].format(**values, needed=ways(comparison, results, w))
+
+
+def cheaper(results: dict, a: str, b: str, w: dict) -> str:
+    """Which of two arms takes less time, in words; "" where they take the same or nothing is known."""
+    seconds = {arm: results["costs"][arm]["seconds"] for arm in (a, b)}
+    if not all(seconds.values()):
+        return ""
+    arm, other = sorted((a, b), key=lambda name: seconds[name])
+    share = seconds[arm] / seconds[other]
+    return w["cheaper"].format(arm=arm, share=share) if share < 0.95 else ""
+
+
+def ways(comparison: dict, results: dict, w: dict) -> str:
+    """How many rows or seeds would decide a comparison, in words."""
+    needed, parts = comparison["needed"], []
+    if "groups" in needed:
+        parts.append(w["needed_groups"].format(groups=needed["groups"], now=comparison["groups"]))
+    if "runs" in needed:
+        parts.append(w["needed_runs"].format(runs=needed["runs"], now=max(comparison["runs"])))
+    return w["needed"].format(ways=w["needed_or"].join(parts)) if parts else w["needed_nothing"]
+
+
+def share_lines(results: dict, w: dict) -> list[str]:
+    """How much of full's gain each arm of LoRA keeps."""
+    lines = []
+    for s in results["shares"]:
+        if not s["full_gains"] or s["kept"] is None:
+            lines.append(w["share_unknown"].format(**s))
+            continue
+        low, high = (w["none"] if end is None else f"{end:.1%}" for end in s["ci95"])
+        keeps = w["keeps_yes" if s["keeps"] else "keeps_no"].format(share=s["share"])
+        lines.append(
+            w["share"].format(lora=s["lora"], full=s["full"], kept=s["kept"], low=low, high=high, keeps=keeps)
+        )
+    return lines
+
+
+def forgetting_lines(results: dict, w: dict) -> list[str]:
+    lines = []
+    for c in results["forgetting"]:
+        lines.append(w["forgot"].format(a=c["a"], difference=c["difference"], low=c["ci95"][0], high=c["ci95"][1]))
+    for c in results["equal_learning"]:
+        if c["outside"]:
+            lines.append(w["equal_outside"].format(**c))
+        else:
+            low, high = c["ci95"]
+            lines.append(
+                w["equal"].format(a=c["a"], b=c["b"], gain=c["gain"], difference=c["difference"], low=low, high=high)
+            )
+    return lines
+
+
+def arm_rows(results: dict, w: dict) -> list[dict]:
+    """The lines of the table of arms."""
+    rows = []
+    for name, arm in results["arms"].items():
+        losses = [
+            r["nll_per_token"]
+            for r in results["runs"].values()
+            if r["arm"] == name and r["phase"] == "seeds" and "nll_per_token" in r
+        ]
+        rate = results["selection"][name]["rate"]
+        settings = {**arm["settings"], **({"rows": arm["rows"]} if arm["rows"] < 1 else {})}
+        rows.append(
+            {
+                "name": name,
+                "method": arm["method"],
+                "settings": ", ".join(f"{key.lower()} {value}" for key, value in settings.items()) or w["none"],
+                "rate": f"{rate:.1e}" if rate else w["none"],
+                "loss": f"{np.mean(losses):.4f}" if losses else w["none"],
+                "spread": f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else w["none"],
+            }
+        )
+    return rows
+
+
+def ratios(results: dict, w: dict) -> list[str]:
+    """How far the best rates of LoRA and full fine-tuning lie apart."""
+    arms, chosen = results["arms"], {name: s["rate"] for name, s in results["selection"].items()}
+    return [
+        w["ratio"].format(a=a, b=b, ratio=chosen[a] / chosen[b])
+        for a in arms
+        for b in arms
+        if arms[a]["method"] == "lora" and arms[b]["method"] == "full" and chosen[a] and chosen[b]
+    ]
+
+
+def summary(results: dict, language: str) -> str:
+    """What is printed at the end."""
+    w = words_of(language)
+    return "\n".join([*advice(results, w), *share_lines(results, w), *ratios(results, w)])
+
+
+# --- plots
+
+
+def draw(results: dict, folder: Path, w: dict) -> list[str]:
+    """The pictures of the report; their names. Their words are English: few machines have a font with Chinese."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True)
+    colors, names = dict(zip(results["arms"], PALETTE * 3, strict=False)), []
+    runs = [run for run in results["runs"].values() if "nll_per_token" in run]
+
+    def save(figure, axis, name: str) -> None:
+        axis.legend()
+        figure.savefig(folder / name, dpi=120, bbox_inches="tight")
+        pyplot.close(figure)
+        names.append(name)
+
+    figure, axis = pyplot.subplots(figsize=(7, 3.8))
+    axis.axhline(results["base"]["nll_per_token"], ls="--", color="#777777", label="base")
+    for name, color in colors.items():
+        own = sorted((r for r in runs if r["arm"] == name and r["phase"] == "selection"), key=lambda r: r["rate"])
+        axis.plot([r["rate"] for r in own], [r["nll_per_token"] for r in own], "o-", color=color, label=name)
+        fresh = [r for r in runs if r["arm"] == name and r["phase"] == "seeds"]
+        axis.plot([r["rate"] for r in fresh], [r["nll_per_token"] for r in fresh], "x", color=color)
+        if rate := results["selection"][name]["rate"]:
+            axis.axvline(rate, color=color, lw=0.6)
+    axis.set_xscale("log")
+    axis.set_xlabel(w["axis_rate"])
+    axis.set_ylabel(w["axis_loss"])
+    save(figure, axis, "rates.png")
+    if results["base"]["general"] is not None:
+        figure, axis = pyplot.subplots(figsize=(7, 3.8))
+        axis.plot(0, 0, "o", color="#777777", label="base")
+        for name, color in colors.items():
+            for phase, style in (("selection", "o-"), ("seeds", "x")):
+                own = [r for r in runs if r["arm"] == name and r["phase"] == phase]
+                points = [
+                    (results["base"]["nll_per_token"] - r["nll_per_token"], r["general"] - results["base"]["general"])
+                    for r in own
+                ]
+                if points:
+                    label = {"label": name} if phase == "selection" else {}
+                    axis.plot(*zip(*sorted(points), strict=True), style, color=color, **label)
+        axis.set_xlabel(w["axis_gain"])
+        axis.set_ylabel(w["axis_forgot"])
+        save(figure, axis, "learning.png")
+    figure, axis = pyplot.subplots(figsize=(7, 3.4))
+    for name, color in colors.items():
+        own = [r for r in results["runs"].values() if r["arm"] == name and r["phase"] == "selection"]
+        losses = [r["eval_loss"] for r in own if r["state"] == "done"]
+        seconds = np.mean([r["seconds"] for r in own if r.get("seconds")] or [0])
+        budgets = range(1, len(losses) + 1)
+        best = [statistics.expected_best(losses, b) for b in budgets]
+        axis.plot([b * seconds for b in budgets], best, "o-", color=color, label=name)
+    axis.set_xlabel(w["axis_seconds"])
+    axis.set_ylabel(w["axis_best"])
+    save(figure, axis, "budget.png")
+    return names
+
+
+# --- pages
+
+
+def write(results: dict, folder: Path, language: str) -> None:
+    """sweep_report.md, sweep_report.html and plots/ in `folder`."""
+    w = words_of(language)
+    images = draw(results, folder / "plots", w)
+    question = results["question"]
+    title = w["title"].format(description=question["description_zh" if language == "zh" else "description"])
+    loader = ChoiceLoader([FileSystemLoader(TEMPLATES), FileSystemLoader(PAGES)])
+    templates = Environment(
+        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    templates.filters |= {
+        "cell": cell,
+        "p": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}",
+        "standing": lambda standing: w[f"standing_{STANDINGS.get(standing, standing)}"],
+        "time": lambda seconds: w["none"] if seconds is None else spell(seconds),
+        "memory": lambda n: w["none"] if not n else size(n),
+    }
+    tried = sorted(
+        {sum(r["arm"] == a and r["phase"] == "selection" for r in results["runs"].values()) for a in results["arms"]}
+    )
+    seeds = sorted(
+        {sum(r["arm"] == a and r["phase"] == "seeds" for r in results["runs"].values()) for a in results["arms"]}
+    )
+    text = templates.get_template("sweep_report.md.jinja").render(
+        results,
+        w=w,
+        title=title,
+        advice=advice(results, w),
+        arm_rows=arm_rows(results, w),
+        ratios=ratios(results, w),
+        share_lines=share_lines(results, w),
+        forgetting_lines=forgetting_lines(results, w),
+        tried="-".join(map(str, (tried[0], tried[-1])) if tried[0] != tried[-1] else [str(tried[0])]),
+        seeds=max(seeds),
+    )
+    handover.write_text(folder / "sweep_report.md", text)
+    html = markdown.markdown(text, extensions=["tables"])
+    for image in images:
+        data = base64.b64encode((folder / "plots" / image).read_bytes()).decode()
+        html = html.replace(f'src="plots/{image}"', f'src="data:image/png;base64,{data}"')
+    page_words = load_words(language) | {"title": title}
+    page = templates.get_template("page.html.jinja").render(body=html, w=page_words, language=language)
+    handover.write_text(folder / "sweep_report.html", page)
