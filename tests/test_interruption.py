@@ -148,7 +148,7 @@ def test_a_finished_training_is_not_repeated_and_another_one_does_not_replace_it
     (place,) = (work / "outputs" / "history").iterdir()
     assert f"rm -r outputs/history/{place.name}" in output and contents(place) == before
     assert log_of(work, LORA)["summary"]["resumed_from"] is None
-    assert len(list((work / FOLDER[LORA] / "runs").glob("events*"))) == 1
+    assert len(list((work / FOLDER[LORA] / "runs").glob("events*"))) == 2  # and the hparams
 
 
 def test_on_a_terminal_it_asks(trained, tiny, tmp_path):

@@ -18,6 +18,7 @@ import math
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -398,6 +399,9 @@ def run_sweep(settings, flags: dict[str, list[str]], values: dict[str, dict], gp
         if not ask():
             return 0
         sweep.save()
+        for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: the children are asked to save and end
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+                signal.signal(getattr(signal, name), signal.default_int_handler)
         try:
             choose(sweep, settings.SELECTION_SEEDS, train_rows, gpus, total)
             for arm in arms:
