@@ -16,9 +16,9 @@ from datasets import Dataset
 
 from configs import chat, device, handover
 from configs.settings import read_constants
-from configs.training.before import clear_unless, resume_point
 from configs.training.before import problems as training_problems
 from configs.training.memory import Plan, Sizes
+from configs.training.resume import Start
 from configs.training.runlog import RunLog
 from configs.training.trainer import ExactTrainer, token_rows
 
@@ -512,102 +512,7 @@ def test_precision_is_what_the_hardware_has(monkeypatch):
     assert device.precision("auto")[0] == torch.float16
 
 
-# --- resume
-
-
 SETTINGS = {"LEARNING_RATE": 2e-4, "BATCH_SIZE": 4, "LOGGING_STEPS": 10, "RESUME": "auto"}
-
-
-@pytest.fixture
-def unfinished(tmp_path) -> Path:
-    """A folder as a killed run leaves it: two checkpoints, a third cut off while it was written, a log."""
-    for step in (8, 16):
-        handover.write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", {"global_step": step})
-    (tmp_path / "checkpoint-24").mkdir()
-    (tmp_path / "checkpoint-24" / "adapter_model.safetensors").write_bytes(b"half of it")
-    (tmp_path / "checkpoint-32").mkdir()
-    (tmp_path / "checkpoint-32" / "trainer_state.json").write_text('{"global_st')
-    (tmp_path / "runs").mkdir()
-    write_log(tmp_path)
-    return tmp_path
-
-
-PLANNED = {"tokens_per_pass": 512, "optim": "adamw_torch_fused"}
-
-
-def write_log(folder: Path, status: str = "running", manifest: str = "abc", **settings) -> None:
-    log = {"settings": {**SETTINGS, **settings}, "data": {"manifest_sha256": manifest}, "plan": PLANNED}
-    handover.write_json(folder / "training_log.json", {**log, "summary": {"status": status}})
-
-
-def point(folder: Path, resume: bool | str = "auto", **settings) -> str | None:
-    checkpoint, plan = resume_point(str(folder), resume, {**SETTINGS, **settings}, {"manifest_sha256": "abc"})
-    assert plan == (PLANNED if checkpoint else None)
-    clear_unless(checkpoint, str(folder))
-    return checkpoint
-
-
-@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
-def test_an_unfinished_run_goes_on_from_its_last_whole_checkpoint(unfinished, capsys, status):
-    write_log(unfinished, status)
-    for resume in ("auto", True):
-        assert point(unfinished, resume) == str(unfinished / "checkpoint-16")
-    assert f"resuming from {unfinished / 'checkpoint-16'}" in capsys.readouterr().out
-    assert (unfinished / "checkpoint-8").exists() and (unfinished / "runs").exists()
-
-
-def test_checkpoints_are_ordered_by_their_number(unfinished):
-    handover.write_json(unfinished / "checkpoint-128" / "trainer_state.json", {"global_step": 128})
-    assert point(unfinished) == str(unfinished / "checkpoint-128")  # "checkpoint-8" is last by its name
-
-
-def test_settings_that_do_not_change_the_run_may_differ(unfinished):
-    assert point(unfinished, LOGGING_STEPS=1, RESUME=True).endswith("checkpoint-16")
-    assert point(unfinished, A_NEW_SETTING=1).endswith("checkpoint-16")  # the older version did not have it
-
-
-@pytest.mark.parametrize(
-    ("logged", "now", "why"),
-    [
-        ({}, {"LEARNING_RATE": 1e-4}, "LEARNING_RATE was 0.0002 and is 0.0001"),
-        ({"manifest": "other"}, {}, "the data were prepared anew"),
-        ({"status": "done"}, {}, "it is finished"),
-        (None, {}, "its training_log.json is missing"),
-    ],
-)
-def test_another_run_starts_afresh_and_says_why(unfinished, capsys, logged, now, why):
-    if logged is None:
-        (unfinished / "training_log.json").unlink()
-    else:
-        write_log(unfinished, **logged)
-    if logged != {"status": "done"}:  # a finished run may be asked to go on: it then has nothing left to do
-        with pytest.raises(SystemExit) as stop:
-            point(unfinished, True, **now)
-        said = capsys.readouterr().err
-        assert stop.value.code == 2 and why in said and "--resume false" in said
-        assert (unfinished / "checkpoint-16").exists()
-    assert point(unfinished, **now) is None
-    assert f"is not continued: {why}" in capsys.readouterr().out
-    # what the older run left would be mixed into the new one
-    assert not list(unfinished.glob("checkpoint-*")) and not (unfinished / "runs").exists()
-
-
-def test_resume_false_starts_afresh(unfinished):
-    assert point(unfinished, False) is None
-    assert not list(unfinished.glob("checkpoint-*"))
-
-
-def test_resume_true_needs_a_checkpoint(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        point(tmp_path, True)
-    assert stop.value.code == 2 and "there is no checkpoint" in capsys.readouterr().err
-    assert point(tmp_path) is None
-
-
-def test_only_the_main_process_removes(unfinished, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert point(unfinished, False) is None
-    assert (unfinished / "checkpoint-16").exists()
 
 
 # --- the log
@@ -621,7 +526,7 @@ def test_a_nan_ends_the_run_and_stays_readable(tiny, tmp_path):
     settings = {**SETTINGS, "MODEL_NAME": str(tiny), "OUTPUT_DIR": str(tmp_path)}
     rows = {"train_rows": 1, "eval_rows": 1}
     plan = plan_of(constants(SCRIPTS[1]))
-    log = RunLog("lora", settings, plan, manifest, rows, None)
+    log = RunLog("lora", settings, plan, manifest, rows, Start({}))
     state = TrainerState(is_world_process_zero=True, global_step=3, best_model_checkpoint="out/checkpoint-2")
     state.log_history = [{"loss": 2.0, "step": 2}, {"loss": math.nan, "step": 3}]
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
@@ -638,7 +543,7 @@ def test_a_log_that_takes_long_is_not_written_at_every_step(tiny, tmp_path):
 
     settings = {**SETTINGS, "MODEL_NAME": str(tiny), "OUTPUT_DIR": str(tmp_path)}
     rows, plan = {"train_rows": 1, "eval_rows": 1}, plan_of(constants(SCRIPTS[1]))
-    log = RunLog("lora", settings, plan, {"manifest_sha256": "abc"}, rows, None)
+    log = RunLog("lora", settings, plan, {"manifest_sha256": "abc"}, rows, Start({}))
     path, state = tmp_path / "training_log.json", TrainerState(is_world_process_zero=True)
     log.write(state, "running")
     log.written = (time.monotonic(), 5.0)  # writing took five seconds

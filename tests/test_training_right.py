@@ -21,6 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from configs import device
 from configs.training import trainer as trainer_module
 from configs.training.memory import Plan, Sizes, make_plan, packing
+from configs.training.resume import Start
 from configs.training.runlog import RunLog, overfitting
 from configs.training.runlog import run as run_training
 from configs.training.trainer import ExactTrainer
@@ -558,7 +559,7 @@ def test_a_loss_of_zero_ends_the_run(scripts, tokenizer, tiny, rows, tmp_path):
 
     c = constants(LORA, OUTPUT_DIR=str(tmp_path), MODEL_NAME=str(tiny))
     counts = {"train_rows": 1, "eval_rows": 1}
-    log = RunLog("lora", vars(c), plan_of(c), {"manifest_sha256": "x"}, counts, None)
+    log = RunLog("lora", vars(c), plan_of(c), {"manifest_sha256": "x"}, counts, Start({}))
     args = SimpleNamespace(world_size=1)
     log.on_log(args, TrainerState(), TrainerControl(), {"loss": 1.0})
     with pytest.raises(FloatingPointError, match="loss is 0"):

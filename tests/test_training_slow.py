@@ -204,17 +204,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(full_run):
     assert after["resumed_from"] == f"outputs/full_model/checkpoint-{step}"
 
 
-def test_a_finished_run_starts_afresh(trained, tiny, tmp_path):
-    work = tmp_path / "work"
-    shutil.copytree(trained, work)
-    output = ok(run(LORA, "--model_name", tiny, *SHORT, cwd=work))
-    assert "starting afresh; the older run in outputs/lora_model is not continued: it is finished" in output
-    log = log_of(work, LORA)
-    assert log["summary"]["resumed_from"] is None
-    same_run(log, log_of(trained, LORA))
-    assert len(list((work / FOLDER[LORA] / "runs").glob("events*"))) == 2  # the older run's events are gone
-
-
 # --- DeepSpeed (several processes: test_distributed.py)
 
 
