@@ -356,7 +356,9 @@ def test_identical_models_do_not_differ_at_all():
             "p_value": 1.0,
             "n": 50,
             "groups": len(set(groups)),
-            "smallest_detectable": 0.0,
+            "effective_groups": statistics.effective_number(tokens, groups),
+            "smallest_detectable": 0.0 if len(set(groups)) >= 10 else None,
+            "error": 0.0,
         }
         row = {"a": "lora", "b": "base", "metric": "nll_per_token", **found}
         assert "no difference" in verdict({"comparisons": [row]}, PAIRS, load_words("en"))
@@ -497,9 +499,11 @@ def test_the_pairs_of_a_metric_are_a_family_and_those_of_the_4_bits_another(scri
                 (of_a, weight, groups), (of_b, _, _) = models[a][metric], models[b][metric]
                 outcome = statistics.compare(of_a, of_b, weight, groups, 2000, 5, len(family))
                 alone.append({"a": a, "b": b, "metric": metric} | outcome)
-            adjusted = statistics.holm([c["p_value"] for c in alone])
+            adjusted = statistics.shaffer([c["p_value"] for c in alone])
             assert adjusted != [c["p_value"] for c in alone], "the example shows no correction"
-            expected += [c | {"p_value": p} for c, p in zip(alone, adjusted, strict=True)]
+            expected += [
+                c | {"raw_p": c["p_value"], "p_value": p} for c, p in zip(alone, adjusted, strict=True)
+            ]
     assert script.compare_all(settings, models) == expected
     # without the full model one pair is left, and nothing to correct or to allow for
     del models["full"]
@@ -602,10 +606,9 @@ def test_a_fair_comparison_has_no_warning(script, fair):
     # the same rows per step, made in another way, are no difference
     assert unfair(script, fair, setting("lora", BATCH_SIZE=1, GRADIENT_ACCUMULATION_STEPS=4)) == []
     assert unfair(script, fair, lambda logs: logs.pop("full")) == []
-
-
-def two_processes(logs: dict) -> None:
-    logs["full"]["environment"]["processes"] = 2
+    # a step has as many rows whatever the processes, and data that were prepared anew may hold the same rows
+    assert unfair(script, fair, lambda logs: logs["full"]["environment"].update(processes=2)) == []
+    assert unfair(script, fair, lambda logs: logs["full"]["data"].update(manifest_sha256="0")) == []
 
 
 def fewer_rows(logs: dict) -> None:
@@ -626,10 +629,9 @@ def same_rate(logs: dict) -> None:
         (setting("lora", MAX_TRAIN_SAMPLES=9), "differ in MAX_TRAIN_SAMPLES: 9 (lora), None (full)"),
         (setting("lora", BATCH_SIZE=4), "differ in effective batch size: 8 (lora), 4 (full)"),
         (setting("full", GRADIENT_ACCUMULATION_STEPS=1), "differ in effective batch size: 4 (lora), 2 (full)"),
-        (two_processes, "differ in effective batch size: 4 (lora), 8 (full)"),
-        (same_rate, "both methods were trained with the learning rate"),
+        (same_rate, "LoRA's learning rate is 1.0 times that of full fine-tuning"),
         (fewer_rows, "trained on different numbers of rows"),
-        (lambda logs: logs["full"]["data"].update(manifest_sha256="0"), "trained on different data"),
+        (lambda logs: logs["full"]["identity"].update(train_rows="0"), "trained on different data"),
         (summary("lora", steps=30, epochs=0.3), "lora never left its warm-up (30 steps)"),
         (summary("full", steps=1, epochs=3.0), "full never left its warm-up (1 steps)"),
     ],
@@ -771,7 +773,8 @@ def test_the_results_have_the_agreed_keys(results):
         *((metric, *pair) for metric in METRICS[1:] for pair in PAIRS),
         *(("forgetting", *pair) for pair in likelihood),
     ]
-    keys = {"a", "b", "metric", "difference", "ci95", "p_value", "n", "groups", "smallest_detectable"}
+    keys = {"a", "b", "metric", "difference", "ci95", "p_value", "raw_p", "n", "groups", "effective_groups"}
+    keys |= {"smallest_detectable", "error"}
     models = results["models"] | {"base_4bit": results["models"]["lora"]["base_4bit"]}
     for c in results["comparisons"]:
         assert set(c) == keys
@@ -780,7 +783,8 @@ def test_the_results_have_the_agreed_keys(results):
             a, b = a["nll_per_token"], b["nll_per_token"]
         assert c["difference"] == pytest.approx(a - b, abs=1e-9)
         assert c["ci95"][0] <= c["difference"] <= c["ci95"][1] and 0 < c["p_value"] <= 1
-        assert c["n"] == (2 if c["metric"] == "forgetting" else 16) and c["smallest_detectable"] >= 0
+        assert c["n"] == (2 if c["metric"] == "forgetting" else 16)
+        assert (c["smallest_detectable"] is None) == (c["groups"] < 10)
 
 
 def test_the_base_in_the_precision_of_lora_stands_beside_it(results, records, tiny):
@@ -1201,7 +1205,7 @@ def test_other_data_give_warnings_and_no_verdict(call, tiny):
     results = json.loads((call.folder / "outputs/evaluation_results.json").read_text("utf-8"))
     assert code == 0 and results["verdict"].startswith("No verdict") and plain(results["verdict"]) in out
     for name, command in (("lora", "2_lora_finetuning.py"), ("full", "3_full_finetuning.py")):
-        (said,) = [plain(w) for w in results["warnings"] if f"{name} was trained on different data" in w]
+        (said,) = [plain(w) for w in results["warnings"] if f"{name} saw " in w and "test questions in its training" in w]
         assert command in said and f"warning: {said}" in out
     report = (call.folder / "outputs/evaluation_report.md").read_text("utf-8")
     assert results["verdict"] in report and "is better than" not in report
@@ -1576,7 +1580,9 @@ def test_near_equal_questions_are_drawn_together(call, script, monkeypatch):
 
     held_out = load_from_disk(str(call.folder / "data/eval"))
     test = [row for row in held_out if row["part"] == "test"]
-    alike = held_out.remove_columns("group").add_column("group", ["one", "two"] * (len(held_out) // 2))
+    alone = list(dict.fromkeys(HeldOut(held_out.to_list(), []).groups))
+    halves = [f"half {alone.index(group) % 2}" for group in HeldOut(held_out.to_list(), []).groups]
+    alike = held_out.remove_columns("group").add_column("group", halves)
     alike.save_to_disk(str(call.folder / "data/other"))
     for path in (call.folder / "data/eval", call.folder / "data/other"):
         if path.name == "other":
@@ -1586,16 +1592,14 @@ def test_near_equal_questions_are_drawn_together(call, script, monkeypatch):
         code, _, _ = call(MAX_EVAL_SAMPLES=None)
         assert code == 0
         groups = [g for g in seen if len(g) == len(test)]
-        wanted = (
-            [row["group"] for row in test]
-            if path.name == "eval"
-            else [row["group"] for row in alike if row["part"] == "test"]
-        )
+        rows = test if path.name == "eval" else [row for row in alike if row["part"] == "test"]
+        wanted = HeldOut(rows, []).groups
+        assert len(set(wanted)) <= (len(test) if path.name == "eval" else 2)
         assert groups[0] == wanted and all(sorted(g) == sorted(wanted) for g in groups)
 
 
 def test_a_prompt_is_in_the_group_of_its_row():
-    turns = {n: [{"role": "user", "content": f"Question {n}"}] for n in range(4)}
+    turns = {n: [{"role": "user", "content": f"Question {'abcd'[n]}"}] for n in range(4)}
     rows = [{"id": f"{n}", "prompt": turns[n], "group": group} for n, group in enumerate(["x", "x", None])]
     groups = ["x", "x", None, "x"]  # row 3 is not among those that MAX_EVAL_SAMPLES left, and keeps its group
     prompts = [
@@ -1605,7 +1609,12 @@ def test_a_prompt_is_in_the_group_of_its_row():
     alone = json.dumps(turns[2]).lower()
     assert held_out.groups == ["x", "x", alone]
     assert held_out.prompt_groups == ["x", "x", "x", alone]
-    assert held_out.questions == ["Question 1", "Question 0", "Question 3", "Question 2"]
+    # questions that differ in their figures alone are one observation, whatever step 1 has found
+    twins = [{"prompt": [{"role": "user", "content": f"What is {n} % of ${n}00.50?"}], "group": f"{n}"} for n in "123"]
+    other = {"prompt": [{"role": "user", "content": "What is a bond?"}], "group": "1"}
+    assert len(set(HeldOut([*twins, other], []).groups)) == 1
+    assert len(set(HeldOut([twins[0], {**other, "group": "4"}], []).groups)) == 2
+    assert held_out.questions == ["Question b", "Question a", "Question d", "Question c"]
     assert held_out.references == ["Answer 1", "Answer 0", "Answer 3", "Answer 2"]
 
 

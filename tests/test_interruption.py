@@ -180,7 +180,7 @@ def test_two_processes_killed_twice_end_with_the_same_bits(fresh):
     """The first process is killed in a step, and before a checkpoint has its manifest; the launcher ends the other."""
     whole, work = fresh(), fresh()
     env = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     (work / "at.py").write_text(AT)
     ok(run(*launch, ROOT / LORA, *LONG, cwd=whole, env=env))
     for where, number in (
@@ -202,6 +202,7 @@ def test_a_closed_terminal_and_a_signal_that_comes_twice(fresh, signals, code):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / LORA), *LONG], cwd=work, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # else nohup's children would ignore it
     )  # fmt: skip
     path, end = work / FOLDER[LORA] / "training_log.json", time.monotonic() + 120
     while not path.exists() or log_of(work, LORA)["summary"]["steps"] < 2:

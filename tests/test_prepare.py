@@ -22,7 +22,7 @@ from hub import Hub, finance_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs import chat, handover
+from configs import chat, handover, state
 from configs.settings import read_constants
 
 STEP = SCRIPTS[0]
@@ -838,7 +838,7 @@ def test_a_run_killed_while_it_exchanges_the_files_leaves_the_data_as_they_were(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     # whoever reads them next finds them so
     assert handover.read_manifest("data").items() >= old.items()
-    left = {name: data for name, data in content_of(Path("data")).items() if not name.startswith(".new/")}
+    left = {name: data for name, data in content_of(Path("data")).items() if not name.startswith((".new/", ".writer"))}
     assert left == before
     assert complete(Path("data"), prepare(tail(50)))
     assert {path.name for path in Path("data").iterdir()} == {".lock", *DATA_FILES}
@@ -859,7 +859,7 @@ def test_an_interrupted_run_leaves_the_data_as_they_were(prepare, tiny, tmp_path
     process.send_signal(number)
     process.stderr.close()
     assert process.wait(60) in (130, 143, -number)
-    left = {name: data for name, data in content_of(Path("data")).items() if not name.startswith(".new/")}
+    left = {name: data for name, data in content_of(Path("data")).items() if not name.startswith((".new/", ".writer"))}
     assert left == before
     prepare(tail(50))
     assert {path.name for path in Path("data").iterdir()} == {".lock", *DATA_FILES}
@@ -978,10 +978,12 @@ def test_the_exact_files_keys_and_columns(prepare, step, tiny, tmp_path):
     for name in ("train", "eval"):
         names = {path.name for path in Path("data", name).iterdir()}
         assert names == {"data-00000-of-00001.arrow", "dataset_info.json", "state.json"}
-    first, more = (["source", "revision", "schema", "settings", "seed"], ["dropped_examples", "changed", "groups"])
+    first = ["source", "revision", "source_files", "schema", "settings", "seed"]
+    more = ["dropped_examples", "changed", "groups"]
     assert list(manifest) == [*first, "rows", *more, "sha256"]
     assert set(manifest["rows"]) == {"read", "kept", "dropped", "train", "validation", "test"}
-    assert set(manifest["sha256"]) == {"train", "eval"}
+    assert set(manifest["sha256"]) == {"train", "eval", "validation", "test"}
+    assert manifest["source_files"] == state.files_hash(manifest["source"])
     assert (manifest["source"], manifest["revision"], manifest["seed"]) == (str(tmp_path / "rows.jsonl"), None, 42)
     assert manifest["schema"] == {"name": "alpaca", "columns": ALPACA}
     assert set(manifest["settings"]) == set(read_constants(ROOT / STEP))

@@ -158,10 +158,10 @@ def full(*args, **kwargs):
 
 def out_of_memory(trainer, capsys) -> str:
     """What a run of script 3 says on stderr that must end because memory has run out."""
-    head = {"settings": vars(constants(FULL)), "environment": {}}
-    log = SimpleNamespace(write=lambda *a: None, prompts=[], signal=None, head=head)
+    head = {"settings": vars(constants(FULL)), "environment": {}, "identity": {}, "plan": {}}
+    log = SimpleNamespace(write=lambda *a: None, prompts=[], signal=None, head=head, start=Start({}))
     with pytest.raises(SystemExit) as end:
-        run_training(trainer, log, None)
+        run_training(trainer, log)
     assert end.value.code == 2
     return capsys.readouterr().err
 

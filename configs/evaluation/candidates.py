@@ -251,7 +251,7 @@ def question_groups(rows: list[dict]) -> list[str]:
     names = [row.get("group") or text for row, text in zip(rows, texts, strict=True)]
     for name, text in zip(names, texts, strict=True):
         parent[root(f"text {text}")] = root(f"group {name}")
-    return [root(f"group {name}") for name in names]
+    return [root(f"group {name}").removeprefix("group ") for name in names]
 
 
 def load_held_out(settings, manifest: dict) -> HeldOut:
