@@ -20,6 +20,7 @@ import shlex
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, make_dataclass
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from configs.flags import ROOT, SECTIONS, Flag, list_presets, preset_path, read_flags, read_preset
+from configs.secrets import redact
 from configs.values import Constant, as_text, read_constants
 
 RUN_ALL = "run_all.py"
@@ -74,7 +76,7 @@ def first_on_machine() -> bool:
 def say(*words: object) -> None:
     """Print one line, once per run however many processes there are."""
     if main_process():
-        print(*words, flush=True)
+        print(redact(" ".join(map(str, words))), flush=True)
 
 
 def fail(*problems: object) -> NoReturn:
@@ -87,7 +89,7 @@ def fail(*problems: object) -> NoReturn:
     if not first_on_machine():
         time.sleep(5)
     for problem in dict.fromkeys(map(str, problems)):
-        print(f"error: {problem}", file=sys.stderr)
+        print(redact(f"error: {problem}"), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -121,7 +123,7 @@ def _end_quietly(kind: type, error: BaseException, trace: object) -> None:
     if issubclass(kind, ModuleNotFoundError) and (package := _package(error.name)):
         file = shlex.quote(_from_here(ROOT / "requirements.txt"))
         fail(f"the package {package!r} is not installed; install all of them with: pip install -r {file}")
-    sys.__excepthook__(kind, error, trace)
+    print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
 
 
 def disk_full(error: BaseException | None) -> bool:
