@@ -2,7 +2,7 @@
 
 The libraries are not patched: a subprocess finds this server through HF_ENDPOINT and speaks to it as it
 would to huggingface.co, so what a user meets (typed errors, the cache, revisions) is met here as well.
-Only reading is offered; every attempt to write is answered with 403.
+Only reading is offered; every attempt to write is answered with 403. Hub.faults makes it misbehave.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import json
 import os
 import random
 import re
+import socket
+import struct
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -49,6 +51,25 @@ class _Repo:
     commits: dict[str, dict[str, _File]] = field(default_factory=dict)
 
 
+@dataclass
+class Fault:
+    """What goes wrong with the requests whose "METHOD /path" matches `where` (re.search), at most `times` of them.
+
+    kind: "refuse" (the connection is reset), "stall" (no answer), "stall body" (headers only), "drip" and
+    "drip headers" (a byte every tenth of a second), "cut" (half of the body), "short" and "long" (a body of another
+    size, with a Content-Length that fits), "flip" (a body of the right size with one other bit), "loop" (a redirect to
+    itself), "elsewhere" (a redirect to `to`, an address without a path), "echo" (a 500 that repeats all it was sent),
+    or "status" with `status` and `headers`.
+    """
+
+    kind: str
+    where: str = ""
+    times: int = 10**9
+    status: int = 500
+    headers: dict[str, str] = field(default_factory=dict)
+    to: str = ""
+
+
 class _Refusal(Exception):
     """An answer other than 200; `code` is what huggingface_hub turns into a typed error."""
 
@@ -79,17 +100,70 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         target, _, query = self.path.partition("?")
         self.server.hub.requests.append(f"{self.command} {target}")
+        if "Authorization" in self.headers:
+            self.server.hub.tokens.append((f"{self.command} {target}", self.headers["Authorization"]))
         try:
             status, content, headers = self._answer(target, parse_qs(query), body)
         except _Refusal as refusal:
             content = json.dumps({"error": str(refusal)}).encode()
             status, headers = refusal.status, {"Content-Type": "application/json"} | refusal.headers
+        fault = self.server.hub.take_fault(f"{self.command} {target}")
+        if fault:
+            status, content, headers = self._changed(fault, status, content, headers)
+        kind = fault.kind if fault else ""
+        if kind in ("refuse", "stall"):
+            self.server.hub.closing.wait(0 if kind == "refuse" else 300)
+            self.close_connection = True
+            # with no time to linger, closing resets the connection
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return self.connection.close()
         self.send_response(status)
         for key, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if kind == "drip headers":
+            head, self._headers_buffer = b"".join(self._headers_buffer), []
+            self._drip(head + b"\r\n")
+        else:
+            self.end_headers()
+        if self.command == "HEAD":
+            return None
+        if kind == "stall body":
+            self.server.hub.closing.wait(300)
+        elif kind == "drip":
+            return self._drip(content)
+        elif kind == "cut":
+            content = content[: len(content) // 2]
+        self.close_connection |= kind in ("stall body", "cut")
+        return self.wfile.write(content)
+
+    def _drip(self, content: bytes) -> None:
+        for byte in content:
+            if self.server.hub.closing.wait(0.1):
+                break
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+
+    def _changed(self, fault: Fault, status: int, content: bytes, headers: dict) -> tuple[int, bytes, dict[str, str]]:
+        """The answer with what the fault changes in its status, body and headers."""
+        if fault.kind == "status":
+            return fault.status, json.dumps({"error": "a fault"}).encode(), fault.headers
+        if fault.kind == "echo":
+            sent = "".join(f"{key}: {value} " for key, value in self.headers.items())
+            return 500, json.dumps({"error": sent}).encode(), {"X-Error-Message": sent}
+        if fault.kind in ("loop", "elsewhere"):
+            # as the Hub does it for large files: what the file is stands in the redirect
+            kept = {key: value for key, value in headers.items() if key.startswith("X-") or key == "ETag"}
+            return 302, b"", kept | {"Location": fault.to + self.path}
+        if self.command == "HEAD" or status != 200:
+            return status, content, headers
+        if fault.kind == "short":
+            content = content[:-3]
+        elif fault.kind == "long":
+            content += b"123"
+        elif fault.kind == "flip":
+            middle = len(content) // 2
+            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        return status, content, headers
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_CONNECT = _handle
 
@@ -99,6 +173,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(403, f"{target} is not on the loopback hub")
         if target == "/api/whoami-v2":
             raise _Refusal(401, "Invalid credentials in Authorization header")
+        if target in ("/api/models", "/api/datasets"):
+            search, author = query.get("search", [""])[0], query.get("author", [""])[0]
+            names = [name for kind, name in self.server.hub.repos if target.endswith(kind)]
+            found = [name for name in names if search in name and name.startswith(f"{author}/" if author else "")]
+            return 200, json.dumps([{"id": name} for name in found]).encode(), {"Content-Type": "application/json"}
         api = API.fullmatch(target)
         reads = self.command in ("GET", "HEAD") or (self.command == "POST" and api and api["call"] == "paths-info")
         if not reads:
@@ -240,7 +319,8 @@ class Hub:
 
     `requests` lists what was asked, oldest first, as "METHOD /path" without the query. A request that was meant for
     another host and that the proxy settings of env() brought here stands there as
-    "METHOD http://host/path" or "CONNECT host:443"; see strays.
+    "METHOD http://host/path" or "CONNECT host:443"; see strays. `tokens` lists (the same, the Authorization header)
+    of those that had one. `faults`: what goes wrong, see Fault; the first that matches counts.
     """
 
     url: str
@@ -248,6 +328,9 @@ class Hub:
 
     def __init__(self) -> None:
         self.requests = []
+        self.tokens: list[tuple[str, str]] = []
+        self.faults: list[Fault] = []
+        self.closing = threading.Event()
         self.repos: dict[tuple[str, str], _Repo] = {}
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
@@ -266,6 +349,14 @@ class Hub:
     def strays(self) -> list[str]:
         """The entries of `requests` that were meant for a host other than this Hub."""
         return [line for line in self.requests if not line.split(" ", 1)[1].startswith("/")]
+
+    def take_fault(self, request: str) -> Fault | None:
+        """The fault that a request "METHOD /path" meets, which is then one time less to come."""
+        for fault in self.faults:
+            if fault.times > 0 and re.search(fault.where, request):
+                fault.times -= 1
+                return fault
+        return None
 
     def add_model(self, name: str, folder: Path, gated: bool = False) -> str:
         """Serve the files of `folder`, read now into memory, as the model `name`; return the commit id.
@@ -325,6 +416,7 @@ class Hub:
 
     def close(self) -> None:
         """Stop serving; a later connection is refused. A second call does nothing."""
+        self.closing.set()
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
