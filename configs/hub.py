@@ -4,10 +4,18 @@ Light: imported before torch, because the libraries read HF_HUB_OFFLINE once, wh
 """
 
 import contextlib
+import difflib
+import json
 import os
+import re
+import shutil
+import sys
 import threading
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from configs.settings import ROOT, fail, say
@@ -44,6 +52,16 @@ def looks_like_path(name: str) -> bool:
     return begins or ends or "\\" in name or name.count("/") > 1
 
 
+def endpoint() -> str:
+    """The address of the Hub, or of the mirror that takes its place."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+
+def is_offline() -> bool:
+    """True where the Hub is not to be asked."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 def cached(name: str) -> bool:
     """True when an earlier run has left this model or data set in the Hub's cache on this machine."""
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
@@ -57,14 +75,17 @@ def go_online(*names: str | None) -> None:
 
     Sets HF_HUB_OFFLINE=1 when nothing is to be fetched, or when nobody answers but the cache holds everything. Call it
     before transformers or datasets are imported: they read it once.
-    Raises: SystemExit(2) when a name is neither cached nor to be had.
+    Raises: SystemExit(2) when a name is neither cached nor to be had, or a time-out is no number.
     """
     wanted = [name for name in names if name and is_hub_name(name)]
+    for variable in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):  # the library would end with a traceback
+        if not (seconds := os.environ.get(variable) or "1").isdecimal() or not int(seconds):
+            fail(f"{variable} is {seconds!r}; give whole seconds, e.g. export {variable}=30")
     reason = ""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if is_offline():
         reason = "HF_HUB_OFFLINE is set"
-    elif wanted and (error := probe(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))):
-        reason = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')} cannot be reached ({error})"
+    elif wanted and (error := probe(endpoint())):
+        reason = f"{endpoint()} cannot be reached ({error})"
     missing = [name for name in wanted if reason and not cached(name)]
     if missing:
         fail(f"{' and '.join(missing)} cannot be fetched: {reason}; {WAYS_OUT}")
@@ -96,41 +117,115 @@ def probe(endpoint: str) -> str:
     return answer[0] if answer else "no answer within 6 s"
 
 
-@contextlib.contextmanager
-def hub_errors(kind: str, name: str, flag: str, revision: str | None = None):
-    """Turn what the libraries raise for a missing, gated or unreachable repository into one sentence and exit code 2.
+# --- what the libraries raise, as a sentence
 
-    kind: "model" or "data set"; flag: the setting that named it; revision: the one that was asked for.
+
+@contextlib.contextmanager
+def hub_errors(kind: str, name: str, flag: str, revision: str | None = None) -> Iterator[Callable[[], None]]:
+    """Turn what the libraries raise for a repository that cannot be had into one sentence and exit code 2.
+
+    Missing, gated, unreachable, too slow, or with files that came damaged or not at all. kind: "model" or "data set";
+    flag: the setting that named it; revision: the one that was asked for. Gives a function that looks for damaged
+    files at once: call it before an error is explained in another way.
     """
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        chain, seen = [], error
-        while seen is not None:
-            chain.append(seen)
-            seen = seen.__cause__ or seen.__context__
-        types = {type(e).__name__ for e in chain}
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        page = f"{endpoint}/{'datasets/' if kind != 'model' else ''}{name}"
-        text = " ".join(map(str, chain))  # datasets has one type for all three, so its text tells them apart
-        if "GatedRepoError" in types or "is a gated dataset" in text:
-            fail(f"{kind} {name!r} ({flag}) is gated: accept its terms at {page}, then run `hf auth login`")
-        if "RevisionNotFoundError" in types or revision and f"Revision '{revision}' doesn't exist" in text:
+    what, since = f"{kind} {name!r} ({flag})", time.time()
+    if not is_hub_name(name) or is_offline():
+        try:
+            yield lambda: None
+        except (OSError, ValueError, RuntimeError) as error:
+            explain(error, kind, name, flag, revision)
+            raise
+        return
+
+    from configs import network  # needs huggingface_hub
+
+    def check() -> None:
+        if files := network.remove_damaged(name, "model" if kind == "model" else "dataset", since):
+            if datasets := sys.modules.get("datasets"):  # what it has made of them
+                shutil.rmtree(Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___"), ignore_errors=True)
             fail(
-                f"{kind} {name!r} has no revision {revision!r} ({flag.replace('NAME', 'REVISION')}); see the branches "
-                f"and tags at {page}"
+                f"{what} came damaged: {', '.join(files)} has other bytes than {endpoint()} says; it was removed from "
+                "the cache, so run the same command again, or use another mirror (HF_ENDPOINT) if it persists"
             )
-        if (
-            "RepositoryNotFoundError" in types
-            or "DatasetNotFoundError" in types
-            and os.environ.get("HF_HUB_OFFLINE") != "1"
-        ):
-            fail(f"{kind} {name!r} ({flag}) is not on the Hub, or it is private: check the name at {page}")
-        if is_hub_name(name) and os.environ.get("HF_HUB_OFFLINE") == "1":
-            fail(f"{kind} {name!r} ({flag}) is not complete in the cache, and the Hub is not asked; {WAYS_OUT}")
-        if types & {"ConnectionError", "ConnectError", "ReadTimeout", "ConnectTimeout", "LocalEntryNotFoundError"}:
-            fail(f"{kind} {name!r} ({flag}) could not be fetched ({str(error).splitlines()[0]}); {WAYS_OUT}")
+
+    try:
+        with network.waiting(what, WAYS_OUT) as wait:
+            yield check
+    except network.GaveUp as reason:
+        fail(f"{what} could not be fetched: {reason}; {WAYS_OUT}")
+    except Exception as error:
+        check()
+        explain(error, kind, name, flag, revision)
         raise
+    check()
+    if lost := wait.lost(name, "model" if kind == "model" else "dataset"):
+        files = ", ".join(f"{file} ({why})" for file, why in lost.items())
+        fail(f"{what} could not be fetched: without {files} it would be another one; run again, or {WAYS_OUT}")
+
+
+def explain(error: Exception, kind: str, name: str, flag: str, revision: str | None) -> None:
+    """Exit code 2 and one sentence for what the libraries raise; returns where it is no error of the Hub."""
+    what, chain = f"{kind} {name!r} ({flag})", [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    types = {
+        base.__name__ for e in chain for base in type(e).__mro__ if type(e).__name__ != "RemoteEntryNotFoundError"
+    }
+    page = f"{endpoint()}/{'datasets/' if kind != 'model' else ''}{name}"
+    text = " ".join(map(str, chain))  # datasets has one type for all three, so its text tells them apart
+    status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
+    if "GatedRepoError" in types or "is a gated dataset" in text:
+        fail(f"{what} is gated: accept its terms at {page}, then run `hf auth login`")
+    if "RevisionNotFoundError" in types or revision and f"Revision '{revision}' doesn't exist" in text:
+        setting = flag.replace("NAME", "REVISION")
+        fail(f"{kind} {name!r} has no revision {revision!r} ({setting}); see the branches and tags at {page}")
+    if "RepositoryNotFoundError" in types or "DatasetNotFoundError" in types and not is_offline():
+        near = near_name(kind, name)
+        near = f"; did you mean {near!r}?" if near else f": check the name at {page}, or run `hf auth login`"
+        fail(f"{what} is not on the Hub, or it is private{near}")
+    if is_hub_name(name) and is_offline():
+        fail(f"{what} is not complete in the cache, and the Hub is not asked; {WAYS_OUT}")
+    if 401 in status:
+        fail(
+            f"{what} could not be fetched: {endpoint()} does not accept the token (HTTP 401); run `hf auth login` for "
+            "a new one, and unset HF_TOKEN if it is set"
+        )
+    if 403 in status:
+        fail(
+            f"{what} could not be fetched: the token, or its lack, does not allow it (HTTP 403); see {page}, then run "
+            "`hf auth login` with a token that may read it"
+        )
+    if missing := re.search("does not appear to have (a file named|files named) .+?(?=[.] Checkout|$)", text):
+        fail(f"{what} cannot be used: it {missing[0]}; see {page}")
+    if types & {"ConnectionError", "HTTPError", "LocalEntryNotFoundError"} or "Consistency check failed" in text:
+        last = next((e for e in reversed(chain) if str(e).strip()), error)
+        reason = f"{type(last).__name__}: {str(last).strip().splitlines()[0]}"
+        fail(f"{what} could not be fetched ({reason}); run again, or {WAYS_OUT}")
+
+
+def near_name(kind: str, name: str) -> str | None:
+    """A name like this one, among those in our files and the Hub's; None where there is none.
+
+    The Hub is asked without a token, once for the owner's repositories and once for those with the same last part.
+    """
+    files = [*(ROOT / "configs" / "presets").glob("*.yaml"), *ROOT.glob("[1-4]_*.py"), *ROOT.glob("README.md")]
+    words = " ".join(path.read_text("utf-8", errors="replace") for path in files)
+    known = [word for word in re.findall(r"[\w-][\w.-]*/[\w.-]*\w", words) if not looks_like_path(word)]
+    owner, _, last = name.rpartition("/")
+    for key, value in (("search", last), ("author", owner)) if owner else (("search", last),):
+        with contextlib.suppress(Exception):  # a suggestion is worth no error
+            query = urllib.parse.urlencode({key: value, "limit": 100})
+            address = f"{endpoint()}/api/{'models' if kind == 'model' else 'datasets'}?{query}"
+            with urllib.request.urlopen(address, timeout=5) as answer:
+                known += [entry["id"] for entry in json.loads(answer.read(10**6))]
+    close = difflib.get_close_matches(name.lower(), {k.lower() for k in known}, 1, 0.75)
+    same = [k for k in known if k.lower() in close] or [
+        k for k in known if k.rpartition("/")[2].lower() == last.lower()
+    ]
+    return next((k for k in same if k != name), None)
+
+
+# --- a model's name
 
 
 def check_model(name: str, revision: str | None = None, flag: str = "MODEL_NAME") -> list[str]:

@@ -87,21 +87,24 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
 def load_from_hub(name: str, config: str | None, split: str, revision: str | None) -> datasets.Dataset:
     """A data set by its name on the Hub, or a downloaded copy of one. Ends with exit code 2 where it cannot be had."""
     about = f"(DATASET_SPLIT {split!r}, DATASET_CONFIG {config!r})"
-    with hub.hub_errors("data set", name, "DATASET_NAME", revision):
+    with hub.hub_errors("data set", name, "DATASET_NAME", revision) as check_files:
         try:
             return datasets.load_dataset(name, config, split=split, revision=revision)
         except (FileNotFoundError, yaml.YAMLError) as error:
+            check_files()
             if hub.local_path(name) is None:
                 raise
             cause = " ".join(str(error).split())[:300]
             fail(f"{name}/README.md: its configurations cannot be read ({cause}); mend them, or remove the file")
         except datasets.exceptions.DatasetGenerationError as error:
+            check_files()
             cause = " ".join(str(error.__cause__ or error).split())[:300]
             fail(
                 f"data set {name!r} cannot be read by the library ({cause}); download its files and give their folder "
                 "as DATASET_NAME: rows that do not fit are then left out one by one"
             )
         except (ValueError, RuntimeError) as error:
+            check_files()
             # the second text is what the library says when it has read this data set's other branch before
             if not re.search("scripts are no longer supported|Couldn't find cache", str(error)):
                 # unknown split or configuration: the library lists what exists
@@ -283,7 +286,7 @@ def general_text(name: str | None) -> list[str]:
             fail(f"GENERAL_TEXT {name!r}: there is no such file; {mend}")
         from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
 
-        with hub.hub_errors("data set", repo, "GENERAL_TEXT"):
+        with hub.hub_errors("data set", repo, "GENERAL_TEXT") as check_files:
             try:
                 configs = get_dataset_config_names(repo)
                 if config not in configs and (config or len(configs) > 1):
@@ -294,6 +297,7 @@ def general_text(name: str | None) -> list[str]:
                 split = next((s for s in ("test", "validation", "train") if s in splits), splits[0])
                 rows = load_dataset(repo, config, split=split, streaming=True)
             except ValueError as error:
+                check_files()
                 fail(f"GENERAL_TEXT {name!r} cannot be read ({str(error).splitlines()[0]}); {mend}")
             texts = []
             for row in rows:
