@@ -5,6 +5,7 @@ Light: imported before torch, because the libraries read HF_HUB_OFFLINE once, wh
 
 import contextlib
 import difflib
+import http.client
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from configs.settings import ROOT, fail, say
+from configs.settings import ROOT, fail, first_on_machine, say
 
 WAYS_OUT = (
     "use a local folder or file, `--preset demo` (needs no network), a mirror (set HF_ENDPOINT), "
@@ -95,26 +96,33 @@ def go_online(*names: str | None) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def within(seconds: float, function: Callable[[], object]) -> object:
+    """What a function returns, None where that takes longer than `seconds`.
+
+    In a thread: a name server that does not answer, and a server that drips, are outside of urllib's time-out.
+    """
+    answer: list[object] = []
+    thread = threading.Thread(target=lambda: answer.append(function()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answer[0] if answer else None
+
+
 def probe(endpoint: str) -> str:
     """Ask an address for a sign of life: "" when it answers within six seconds, else the reason why not."""
-    answer: list[str] = []
 
-    def ask() -> None:
+    def ask() -> str:
         try:
             request = urllib.request.Request(endpoint, method="HEAD", headers={"User-Agent": "sft-pipeline"})
             urllib.request.urlopen(request, timeout=5).close()
         except urllib.error.HTTPError:
             pass  # an error page is an answer
-        except (OSError, ValueError) as error:
-            answer.append(str(getattr(error, "reason", error)) or type(error).__name__)
-            return
-        answer.append("")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            return str(getattr(error, "reason", error)).strip() or type(error).__name__
+        return ""
 
-    # a thread, because a name server that does not answer is outside urllib's time-out
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(6)
-    return answer[0] if answer else "no answer within 6 s"
+    answer = within(6, ask)
+    return "no answer within 6 s" if answer is None else answer
 
 
 # --- what the libraries raise, as a sentence
@@ -149,7 +157,7 @@ def hub_errors(kind: str, name: str, flag: str, revision: str | None = None) -> 
             )
 
     try:
-        with network.waiting(what, WAYS_OUT) as wait:
+        with network.waiting(what, WAYS_OUT, cached(name)) as wait:
             yield check
     except network.GaveUp as reason:
         fail(f"{what} could not be fetched: {reason}; {WAYS_OUT}")
@@ -157,7 +165,8 @@ def hub_errors(kind: str, name: str, flag: str, revision: str | None = None) -> 
         check()
         explain(error, kind, name, flag, revision)
         raise
-    check()
+    if first_on_machine():  # the files are the same to the others
+        check()
     if lost := wait.lost(name, "model" if kind == "model" else "dataset"):
         files = ", ".join(f"{file} ({why})" for file, why in lost.items())
         fail(f"{what} could not be fetched: without {files} it would be another one; run again, or {WAYS_OUT}")
@@ -206,23 +215,28 @@ def explain(error: Exception, kind: str, name: str, flag: str, revision: str | N
 def near_name(kind: str, name: str) -> str | None:
     """A name like this one, among those in our files and the Hub's; None where there is none.
 
-    The Hub is asked without a token, once for the owner's repositories and once for those with the same last part.
+    The Hub is asked without a token, once for those with the same last part and once for the owner's repositories.
     """
     files = [*(ROOT / "configs" / "presets").glob("*.yaml"), *ROOT.glob("[1-4]_*.py"), *ROOT.glob("README.md")]
     words = " ".join(path.read_text("utf-8", errors="replace") for path in files)
-    known = [word for word in re.findall(r"[\w-][\w.-]*/[\w.-]*\w", words) if not looks_like_path(word)]
-    owner, _, last = name.rpartition("/")
-    for key, value in (("search", last), ("author", owner)) if owner else (("search", last),):
-        with contextlib.suppress(Exception):  # a suggestion is worth no error
-            query = urllib.parse.urlencode({key: value, "limit": 100})
-            address = f"{endpoint()}/api/{'models' if kind == 'model' else 'datasets'}?{query}"
-            with urllib.request.urlopen(address, timeout=5) as answer:
-                known += [entry["id"] for entry in json.loads(answer.read(10**6))]
-    close = difflib.get_close_matches(name.lower(), {k.lower() for k in known}, 1, 0.75)
-    same = [k for k in known if k.lower() in close] or [
-        k for k in known if k.rpartition("/")[2].lower() == last.lower()
-    ]
-    return next((k for k in same if k != name), None)
+    known = {word for word in re.findall(r"[\w-][\w.-]*/[\w.-]*\w", words) if not looks_like_path(word)}
+    owner, _, last = name.lower().rpartition("/")
+
+    def ask() -> list[str]:
+        names = []
+        for query in ({"search": last}, {"author": owner}) if owner else ({"search": last},):
+            with contextlib.suppress(Exception):  # a suggestion is worth no error
+                query = urllib.parse.urlencode(query | {"limit": 100})
+                address = f"{endpoint()}/api/{'models' if kind == 'model' else 'datasets'}?{query}"
+                with urllib.request.urlopen(address, timeout=3) as answer:
+                    names += [entry["id"] for entry in json.loads(answer.read(10**6))]
+        return names
+
+    known.update(within(6, ask) or ())
+    near = {other.lower(): other for other in sorted(known) if other != name}
+    close = difflib.get_close_matches(f"{owner}/{last}", near, 1, 0.75)
+    close += [other for other in near if other.endswith(f"/{last}")]
+    return near[close[0]] if close else None
 
 
 # --- a model's name

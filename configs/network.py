@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants, get_session, set_client_factory, try_to_load_from_cache
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import httpx, sha
 
 from configs.secrets import redact
@@ -46,8 +48,8 @@ class Wait:
     a file: why it did not come}.
     """
 
-    def __init__(self, what: str, mend: str = ""):
-        self.what, self.mend, self.lock = what, mend, threading.Lock()
+    def __init__(self, what: str, mend: str = "", is_cached: bool = False):
+        self.what, self.mend, self.is_cached, self.lock = what, mend, is_cached, threading.Lock()
         self.active, self.arrived, self.useful, self.idle, self.said = 0, 0, time.monotonic(), time.monotonic(), 0.0
         self.paused, self.trouble, self.address, self.failed = 0, "", "", {}
 
@@ -56,28 +58,41 @@ class Wait:
         return time.monotonic() - self.useful
 
     def begin(self, address: str) -> None:
-        """A request starts. Raises GaveUp where nothing useful has come for too long."""
+        """A request starts. Raises as give_up() where nothing useful has come for too long."""
         with self.lock:
             idle = time.monotonic() - self.idle - self.paused
             if not self.active and (not self.trouble or idle > NEXT_LINE_S):
                 self.useful = time.monotonic()  # until now nobody has waited
             self.active, self.address = self.active + 1, address
-        if self.quiet() > PATIENCE_S:
-            raise GaveUp(self.reason())
+        if self.quiet() > self.patience() or self.is_cached and _unreachable:
+            self.give_up()
 
     def end(self) -> None:
         with self.lock:
             self.active, self.idle = self.active - 1, time.monotonic()
 
     def came(self, number: int) -> None:
-        """Bytes of an answer have arrived. Raises GaveUp where they are too few for too long."""
+        """Bytes of an answer have arrived. Raises as give_up() where they are too few for too long."""
         with self.lock:
             self.arrived += number
             if self.arrived >= SLOW:
                 self.arrived, self.useful = 0, time.monotonic()
-        if self.quiet() > PATIENCE_S:
+        if self.quiet() > self.patience():
             self.trouble = self.trouble or "it answers too slowly"
+            self.give_up()
+
+    def patience(self) -> float:
+        """Seconds without anything useful that are waited; less where there is something to fall back on."""
+        return PATIENCE_S / 3 if self.is_cached else PATIENCE_S
+
+    def give_up(self) -> NoReturn:
+        """Raises GaveUp; or OfflineModeIsEnabled, and the libraries then use what an earlier run has cached."""
+        if not self.is_cached:
             raise GaveUp(self.reason())
+        if not _unreachable:
+            _unreachable.append(self.reason())
+            say(f"note: {self.reason()}; using what an earlier run has cached of {self.what}")
+        raise OfflineModeIsEnabled(_unreachable[0])
 
     def good(self, address: str) -> None:
         with self.lock:
@@ -104,19 +119,21 @@ class Wait:
 
 
 _waits: list[Wait] = []  # the innermost one last
+_unreachable: list[str] = []  # why the Hub is not asked any more for what is cached; empty while it is
 
 
 @contextlib.contextmanager
-def waiting(what: str, mend: str) -> Iterator[Wait]:
+def waiting(what: str, mend: str, is_cached: bool) -> Iterator[Wait]:
     """A context in which the Hub is waited for. Raises GaveUp.
 
-    what: for people, "model 'x' (MODEL_NAME)"; mend: what to do where it cannot be had.
+    what: for people, "model 'x' (MODEL_NAME)"; mend: what to do where it cannot be had; is_cached: whether an earlier
+    run has left it in the cache.
     """
     if not _hooks:
         _hooks.extend(get_session().event_hooks["request"])
         set_client_factory(_client)
         threading.Thread(target=_watch, daemon=True).start()
-    _waits.append(Wait(what, mend))
+    _waits.append(Wait(what, mend, is_cached))
     try:
         yield _waits[-1]
     finally:
@@ -161,7 +178,7 @@ class _Body(httpx.SyncByteStream):
             for piece in self.body:
                 self.wait.came(len(piece))
                 yield piece
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, OfflineModeIsEnabled) as error:
             self.wait.bad(self.address, _words(error))
             raise
         if self.is_good:
@@ -177,10 +194,10 @@ class _Body(httpx.SyncByteStream):
 class _Client(httpx.Client):
     def send(self, request: httpx.Request, **options) -> httpx.Response:
         wait, address = _waits[-1] if _waits else Wait(""), _address(request)
-        wait.begin(address)
         try:
+            wait.begin(address)
             response = super().send(request, **options)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, OfflineModeIsEnabled) as error:
             wait.bad(address, _words(error))
             raise
         finally:

@@ -155,7 +155,7 @@ def test_a_gated_model_names_the_page_and_the_command(hub, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     "typed, meant",
-    [("org/tiny-phy", MODEL), ("ogr/tiny-phi", MODEL), ("microsft/phi-2", "microsoft/phi-2"), ("zz/qqqq", None)],
+    [("org/tiny-phy", MODEL), ("tiny-phi", MODEL), ("microsft/phi-2", "microsoft/phi-2"), ("zz/qqqq", None)],
 )
 def test_a_misspelt_name_is_answered_with_the_near_one(hub, tmp_path, typed, meant):
     result = fetch(hub, tmp_path, "config.json", name=typed)
@@ -269,6 +269,18 @@ def work(hub, tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stall", "refuse", "status"])
+def test_what_is_cached_needs_no_hub_that_works(hub, work, kind):
+    """The Hub shows a sign of life, and nothing more: the libraries fall back on what they have."""
+    before = json.loads((work / "data/manifest.json").read_text())["sha256"]
+    hub.faults = [Fault(kind, "resolve|api", status=503)]
+    start = time.monotonic()
+    ok(prepare(hub, work, work / "home"))
+    assert time.monotonic() - start < BOUND_S
+    assert json.loads((work / "data/manifest.json").read_text())["sha256"] == before
+
+
 def train(hub: Hub, folder: Path, script: str = SCRIPTS[1]) -> subprocess.CompletedProcess:
     env = hub.env(folder / "home") | IMPATIENT | {"HF_TOKEN": TOKEN}
     return run(script, "--model_name", MODEL, *SHORT, cwd=folder, env=env, timeout=300)
@@ -314,6 +326,15 @@ def test_a_pipeline_over_redirects_leaves_the_token_nowhere(hub, other, tmp_path
     assert other.tokens == [] and hub.tokens
     assert no_token(tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and key.encode() in p.read_bytes()]
+
+
+def test_a_server_that_speaks_another_language_is_no_hub(tmp_path):
+    """Neither a Hub nor a judge; what cannot be read is said in one line."""
+    with Raw([b"SSH-2.0-OpenSSH_9.2\r\n"], 0) as server, Hub() as hub:
+        result = fetch(hub, tmp_path, "config.json", HF_ENDPOINT=server.url)
+        refused(result, "cannot be reached (SSH-2.0-OpenSSH_9.2)")
+        (problem,) = judge_problems(f"openai:{server.url}#m")
+        assert "does not answer (SSH-2.0-OpenSSH_9.2)" in problem
 
 
 # --- the judge's server
