@@ -3,12 +3,15 @@
 Problems are collected in a list of sentences; nothing here prints or ends the program.
 """
 
+import contextlib
+import errno
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.values import Constant, as_text, load_yaml, near, with_type
+from configs.text import load_yaml, quoted
+from configs.values import Constant, as_text, near, with_type
 
 ROOT = Path(__file__).absolute().parent.parent
 # script -> its section of a preset, and the prefix of its own flags in run_all.py; in running order
@@ -18,6 +21,7 @@ SECTIONS = {
     "3_full_finetuning.py": "full",
     "4_evaluate_compare.py": "evaluate",
 }
+PRESET_BYTES = 1_000_000  # a larger file is given by mistake, and would take minutes to read
 # Setting -> what people call it elsewhere. Of several settings with one such name, the first that a script has is
 # meant.
 ALIASES = {
@@ -101,15 +105,16 @@ def list_presets(root: str | Path = ROOT) -> dict[str, str]:
 
 def preset_path(name: str, root: str | Path = ROOT) -> Path:
     """The file of a preset, by its name or by a path to a .yaml file; FileNotFoundError says which exist."""
-    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
-        return Path(name).absolute()
-    path = Path(root, "configs", "presets", name.removesuffix(".yaml") + ".yaml").absolute()
-    if Path(name).name == name and path.is_file():
-        return path
+    with contextlib.suppress(OSError, ValueError):  # too long for a path, or a NUL in it
+        if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+            return Path(name).absolute()
+        path = Path(root, "configs", "presets", name.removesuffix(".yaml") + ".yaml").absolute()
+        if Path(name).name == name and path.is_file():
+            return path
     known = list_presets(root)
     listed = "".join(f"\n  {stem}: {' '.join(about.split())}" for stem, about in known.items())
-    offer = f"the presets are{listed}" if known else f"there is none in {path.parent}"
-    raise FileNotFoundError(f"unknown preset {name!r}{_hint(near(name, known))}; {offer}")
+    offer = f"the presets are{listed}" if known else f"there is none in {Path(root, 'configs', 'presets').absolute()}"
+    raise FileNotFoundError(f"unknown preset {quoted(name)}{_hint(near(name, known))}; {offer}")
 
 
 def read_preset(name: str, root: Path, scripts: dict, problems: list) -> dict[str, dict[str, tuple]]:
@@ -119,9 +124,13 @@ def read_preset(name: str, root: Path, scripts: dict, problems: list) -> dict[st
     """
     try:
         path = preset_path(name, root)
+        if path.stat().st_size > PRESET_BYTES:
+            raise OSError(errno.EFBIG, f"it has more than {PRESET_BYTES:,} bytes")
         data, wrong = load_yaml(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(error if isinstance(error, FileNotFoundError) else f"preset {name}: {error}")
+        told = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 ({error.reason})"
+        unknown = isinstance(error, FileNotFoundError)
+        problems.append(error if unknown else f"preset {name} cannot be read: {told}; the presets are text (.yaml)")
         return {}
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     problems += [f"{shown}, {problem}" for problem in wrong]

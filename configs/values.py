@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
+from configs.text import is_path, is_utf8, load_yaml, quoted
+
 # The types of settings, in the order in which a text is tried (anything is a str, so that comes last), each
 # with its name for people and an example where the default is None.
 KINDS = {
@@ -36,6 +38,8 @@ KINDS = {
     "str": ("text (str)", "text"),
     "None": ("none", None),
 }
+# Larger than any number of rows, tokens or steps, and small enough to be multiplied in 64 bits.
+MOST = 10**15
 COMPARE = {
     ">=": ("at least", operator.ge),
     ">": ("above", operator.gt),
@@ -89,12 +93,19 @@ class Constant:
         return "|".join(words) + (f" ({in_words(self.range)})" if self.range else "")
 
     @property
+    def is_folder(self) -> bool:
+        """Whether the value is the path of a folder, by the setting's name."""
+        return self.name.endswith("_DIR")
+
+    @property
     def rule(self) -> str:
         """What a value must be, as a clause: "choose auto, true or false", "it must be at least 1, or none"."""
         others = [kind for kind in self.types if not self._chosen(kind)]
         if self.choices:
             pairs = [["true", "false"] if kind == "bool" else [KINDS[kind][0]] for kind in others]
             return "choose " + enumerate_words([str(word) for word in self.choices] + sum(pairs, []))
+        if self.is_folder:
+            return "it must be the path of a folder, of names of at most 255 bytes"
         if not self.range:
             return "it must be " + " or ".join(KINDS[kind][0] for kind in others)
         words = "not be empty" if self.range == "not empty" else f"be {in_words(self.range)}"
@@ -107,15 +118,23 @@ class Constant:
             return False
         if self._chosen(kind):
             return value in self.choices
-        if self.range == "not empty":
-            return kind != "str" or bool(value.strip())
-        if kind in ("int", "float"):
-            return math.isfinite(value) and all(COMPARE[sign][1](value, end) for sign, end in limits(self.range))
-        return True
+        if kind == "str":
+            path_or_text = is_path(value) if self.is_folder else self.range != "not empty" or bool(value.strip())
+            return path_or_text and is_utf8(value)
+        if kind in ("int", "float") and self.range:
+            return abs(value) <= MOST and all(COMPARE[sign][1](value, end) for sign, end in limits(self.range))
+        return kind != "float" or math.isfinite(value)
 
     def problem(self, value: object) -> str | None:
         """What is wrong with `value`, without what mends it: "BATCH_SIZE is 0; it must be at least 1"."""
-        return None if self.allows(value) else f"{self.name} is {value!r}; {self.rule}"
+        if self.allows(value):
+            return None
+        rule = self.rule
+        if isinstance(value, str) and not is_utf8(value):
+            rule = "it is not text in this terminal's encoding; set LC_ALL=C.UTF-8"
+        elif isinstance(value, int | float) and abs(value) > MOST:
+            rule = f"it must be no larger than {MOST:,}"
+        return f"{self.name} is {quoted(value)}; {rule}"
 
     def mended(self, value: object) -> object:
         """An allowed value in place of `value`: the word that was nearly typed, the default, or what is at hand."""
@@ -154,7 +173,7 @@ class Constant:
         if self.items and not isinstance(self.default, str):
             wanted += " with items of " + " or ".join(KINDS[kind][0] for kind in self.items)
         if is_flag:
-            example, got = f"{self.flag} {as_text(self.example)}", repr(value)
+            example, got = f"{self.flag} {as_text(self.example)}", quoted(value)
         else:  # YAML's types surprise (no, 1e4, 2024-01-01): name the type, and offer quotes
             example = f"{self.name.lower()}: {json.dumps(self.example, ensure_ascii=False)}"
             got = with_type(value) + ("; in quotes it would be text" if "str" in self.types else "")
@@ -200,7 +219,7 @@ def in_words(text: str) -> str:
 
 def with_type(value: object) -> str:
     """A value and the name of its type: `0.5 (float)`."""
-    return f"{value!r} ({type(value).__name__})"
+    return f"{quoted(value)} ({type(value).__name__})"
 
 
 def as_text(value: object) -> str:
@@ -231,6 +250,8 @@ def coerce(value: object, types: tuple, items: tuple) -> object:
     if kind == "list":
         return [coerce(v, items, ()) if items else v for v in value]
     if kind == "dict":
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError
         return {k: coerce(v, items, ()) if items else v for k, v in value.items()}
     return value
 
@@ -297,38 +318,11 @@ def _flow(word: str) -> object:
     """The value of a text `[...]` or `{...}`, JSON or YAML; ValueError where it is neither."""
     try:
         return json.loads(word)
-    except ValueError:
+    except (ValueError, RecursionError):
         value, problems = load_yaml(word)
         if problems or isinstance(value, str):
             raise ValueError from None
         return value
-
-
-def load_yaml(text: str) -> tuple[object, list[str]]:
-    """The value of a YAML text, and what is wrong with it (`line 3: ...`)."""
-    import yaml  # only where it is needed: --help must be quick
-
-    problems = []
-
-    class Loader(yaml.SafeLoader):
-        # PyYAML lets the last of two equal keys win, without a word
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-                if key.value in seen:
-                    problems.append(f"line {key.start_mark.line + 1}: {key.value} is given twice")
-                seen.add(key.value)
-            return super().construct_mapping(node, deep)
-
-    # YAML 1.1 wants a dot in a float and a sign in its exponent, so PyYAML takes 1e-4 for a string
-    exponent = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
-    try:
-        return yaml.load(text, Loader), problems
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, such as 2024-13-01
-        mark = getattr(error, "problem_mark", None)
-        what = " ".join(str(getattr(error, "problem", None) or error).split())
-        return None, [*problems, f"line {mark.line + 1}: {what}" if mark else what]
 
 
 # --- the constants of a script

@@ -1,0 +1,105 @@
+"""Text from elsewhere: shown to people so that it steers nothing, and YAML read so that it does no harm.
+
+What users, data, models and servers say may hold anything. Light: imported before torch.
+"""
+
+import re
+
+# What moves a terminal's cursor, or changes its colours, its title or the direction of writing, and half characters,
+# which cannot be written at all: control characters other than line break and tab, marks of direction, surrogates.
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What Markdown or HTML may take for more than a letter; within a word, _ and - are none.
+MARKUP = re.compile(r"[\\`*{}\[\]<>()#+!|~$\"]|(?<!\w)[_-]|[_-](?!\w)")
+YAML_VALUES = 10_000  # most values of a YAML text, its aliases written out
+
+
+# --- for people
+
+
+def visible(text: object) -> str:
+    r"""Text in which all that would steer a terminal is spelled out: ESC becomes `\x1b`; line breaks and tabs stay."""
+    return STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def quoted(value: object, most: int = 200) -> str:
+    """A value as Python writes it, on one line; of a long one, where it begins and how long it is."""
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # more than 4,300 digits; lists in lists
+        return f"{type(value).__name__} of a size that cannot be shown"
+    return shown if len(shown) <= most else f"{shown[: most // 2]}... ({len(shown):,} characters)"
+
+
+def cell(text: object, most: int = 600) -> str:
+    """Text as one harmless piece of a line of Markdown: no markup, line break, column or other writing direction.
+
+    most: characters that are shown; what is longer ends with "...".
+    """
+    short = " ".join(str(text).split())
+    short = visible(short if len(short) <= most else short[:most] + " ...")
+    return MARKUP.sub(lambda match: f"&#{ord(match[0])};", short.replace("&", "&amp;"))
+
+
+# --- what can be written
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: what a terminal sends in another encoding comes as half characters."""
+    return text.encode("utf-8", "replace").decode() == text
+
+
+def is_path(text: str) -> bool:
+    """Whether a text can name a place in a file system."""
+    path = text.encode("utf-8", "replace")
+    longest = max(map(len, path.split(b"/")))
+    return bool(path.strip()) and b"\0" not in path and longest <= 255 and len(path) <= 4000
+
+
+# --- YAML
+
+
+def load_yaml(text: str) -> tuple[object, list[str]]:
+    """The value of a YAML text, and what is wrong with it (`line 3: ...`). Nothing in it is run or built."""
+    import yaml  # only where it is needed: --help must be quick
+
+    problems = []
+
+    class Loader(yaml.SafeLoader):
+        values, sizes = 0, {}  # of the whole text so far; of a node, by its id
+
+        # a few lines of aliases, each of which repeats the one before ten times, stand for billions of values
+        def compose_node(self, parent, index):
+            before, is_alias, mark = self.values, self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+            node = super().compose_node(parent, index)
+            # an alias within its own anchor has no end
+            self.values += self.sizes.get(id(node), YAML_VALUES + 1) if is_alias else 1
+            self.sizes[id(node)] = self.values - before
+            if self.values > YAML_VALUES:
+                what = f"more than {YAML_VALUES:,} values, those that an alias (*) repeats included"
+                raise yaml.composer.ComposerError(problem=what, problem_mark=mark)
+            return node
+
+        # PyYAML lets the last of two equal keys win, without a word
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    problems.append(f"line {key.start_mark.line + 1}: {key.value} is given twice")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    # YAML 1.1 wants a dot in a float and a sign in its exponent, so PyYAML takes 1e-4 for a string
+    exponent = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader), problems
+    except RecursionError:
+        return None, [*problems, "lists or mappings stand in one another too deep"]
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = " ".join(str(getattr(error, "problem", None) or error).split())
+        return None, [*problems, f"line {mark.line + 1}: {what}" if mark else what]
+    except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError) as error:
+        # a tag and a value that do not fit, which PyYAML does not check: !!bool maybe, 2024-13-01
+        what = " ".join(str(error).partition("; use sys.")[0].split())
+        return None, [*problems, what if type(error) is ValueError else "a value does not fit its tag (!!)"]
