@@ -34,7 +34,7 @@ LORA_R: Annotated[int, "x >= 1"] = 16  # rank of the trained matrices
 LORA_ALPHA: Annotated[int, "x >= 1"] = 32  # the output of the trained matrices is scaled by LORA_ALPHA / LORA_R
 LORA_DROPOUT: Annotated[float, "0 <= x < 1"] = 0.05  # dropout on the input of the trained matrices
 # The QLoRA paper found that adapting every linear layer matters more than the rank.
-LORA_TARGET_MODULES: str | list = "all-linear"  # layers to adapt: all-linear, or names such as q_proj,v_proj
+LORA_TARGET_MODULES: str | list[str] = "all-linear"  # layers to adapt: all-linear, or names such as q_proj,v_proj
 USE_DORA = False  # DoRA: train the magnitude of the weights apart from their direction; slower
 USE_RSLORA = False  # rsLoRA: scale by LORA_ALPHA / sqrt(LORA_R) instead, for high ranks
 USE_4BIT = True  # QLoRA: hold the frozen base in 4 bits (nf4, bitsandbytes); false: LoRA over a 16-bit base

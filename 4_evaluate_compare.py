@@ -53,7 +53,7 @@ EMBEDDING_MODEL: str | None = None  # sentence-transformers model, e.g. BAAI/bge
 JUDGE: str | None = None  # openai:<base_url>#<model> or reward:<model>; none: helpfulness is estimated by a proxy
 
 # --- statistics
-RESAMPLES: Annotated[int, "x >= 2000"] = 10000  # bootstrap samples of an interval, and sign flips of a test
+RESAMPLES: Annotated[int, "2000 <= x <= 1_000_000"] = 10000  # bootstrap samples of an interval, sign flips of a test
 SEED: Annotated[int, "0 <= x < 4_000_000_000"] = 42  # for the resampling, and for answers with a temperature
 
 # --- output

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from configs import hub
 from configs.settings import ROOT, fail
+from configs.text import quoted
 
 # what a base model that was never shown a chat template is asked with
 PLAIN = "Question: {question}\n\nAnswer:"
@@ -18,11 +19,10 @@ PLAIN = "Question: {question}\n\nAnswer:"
 
 def chat_template_file(prompt_format: str) -> Path:
     """configs/chat_templates/<prompt_format>.jinja, or exit code 2 with the formats that exist."""
-    path = ROOT / "configs" / "chat_templates" / f"{prompt_format}.jinja"
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.jinja"))
-        fail(f"PROMPT_FORMAT {prompt_format!r} does not exist; choose auto, {', '.join(known)}")
-    return path
+    known = {path.stem: path for path in sorted((ROOT / "configs" / "chat_templates").glob("*.jinja"))}
+    if prompt_format not in known:  # a name, never a path
+        fail(f"PROMPT_FORMAT {quoted(prompt_format)} does not exist; choose auto, {', '.join(known)}")
+    return known[prompt_format]
 
 
 def load_tokenizer(name: str, revision: str | None, prompt_format: str):

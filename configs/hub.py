@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from configs.settings import ROOT, fail, first_on_machine, say
+from configs.text import quoted
 
 WAYS_OUT = (
     "use a local folder or file, `--preset demo` (needs no network), a mirror (set HF_ENDPOINT), "
@@ -29,9 +30,11 @@ WAYS_OUT = (
 
 def local_path(name: str) -> Path | None:
     """The file or folder that a name means: below the current folder, else beside the scripts; None for a Hub name."""
-    for path in (Path(name).expanduser(), ROOT / name):
-        if path.exists():
-            return path
+    # too long for a path, the home of a user whom this machine does not know (~nobody), a folder that is locked
+    with contextlib.suppress(OSError, RuntimeError):
+        for path in (Path(name).expanduser(), ROOT / name):
+            if path.exists():
+                return path
     return None
 
 
@@ -61,6 +64,18 @@ def endpoint() -> str:
 def is_offline() -> bool:
     """True where the Hub is not to be asked."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def name_problems(flag: str, name: str) -> list[str]:
+    """What is wrong with a name that can be neither a place on this machine nor one on the Hub: [] or one sentence."""
+    # the rule of huggingface_hub.validate_repo_id, which takes a second to import
+    possible = re.fullmatch(r"(\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", name, re.ASCII)
+    if not is_hub_name(name) or possible and not re.search(r"--|\.\.|\.git$", name):
+        return []
+    return [
+        f"{flag} is {quoted(name)}, which is neither a file or folder on this machine nor a name on the Hub "
+        "(owner/name, of at most 96 letters, digits, - _ and . each); correct it"
+    ]
 
 
 def cached(name: str) -> bool:
@@ -249,13 +264,21 @@ def check_model(name: str, revision: str | None = None, flag: str = "MODEL_NAME"
         if name.startswith("outputs/demo_base_model"):
             return [f"{flag} {name!r} is not made yet; make it with: python configs/demo/base_model.py"]
         if looks_like_path(name):
-            return [f"{flag} {name!r}: there is no such folder; give a Hub name or a folder with a config.json"]
-        return []
+            return [f"{flag} {quoted(name)}: there is no such folder; give a Hub name or a folder with a config.json"]
+        return name_problems(flag, name)
     if not (path / "config.json").is_file():
         return [f"{flag} {name!r} is not a model folder: {path}/config.json is missing; give a folder that has one"]
     return []
 
 
 def model_problems(settings: dict) -> list[str]:
-    """What is wrong with MODEL_NAME among {name: value}; `override` asks it together with its own checks."""
-    return check_model(settings["MODEL_NAME"], settings["MODEL_REVISION"])
+    """What is wrong with names among {name: value}; `override` asks it together with its own checks."""
+    wrong = check_model(settings["MODEL_NAME"], settings["MODEL_REVISION"])
+    for flag in ("DATASET_NAME", "GENERAL_TEXT", "EMBEDDING_MODEL", "JUDGE"):
+        name = settings.get(flag) or ""
+        if flag == "JUDGE":
+            name = name.removeprefix("reward:") if name.startswith("reward:") else ""
+        elif flag == "GENERAL_TEXT" and local_path(name) is None:
+            name = name.partition("#")[0]
+        wrong += name_problems(flag, name)
+    return wrong

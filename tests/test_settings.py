@@ -999,7 +999,7 @@ REFUSED = [
     ("evaluate", "generation_batch", "0", "at least 1, or none: --generation_batch none"),
     ("evaluate", "max_eval_samples", "0", "at least 1, or none: --max_eval_samples none"),
     ("evaluate", "precision", "bf8", "choose auto, bf16, fp16 or fp32: --precision auto"),
-    ("evaluate", "resamples", "1999", "at least 2000: --resamples 10000"),
+    ("evaluate", "resamples", "1999", "from 2000 to 1,000,000: --resamples 10000"),
     ("evaluate", "temperature", "10.5", "from 0 to 10: --temperature 0.0"),
     ("evaluate", "seed", str(2**32 - 10**6), "below 4,000,000,000: --seed 42"),
     ("evaluate", "report_language", "fr", "choose en or zh: --report_language en"),

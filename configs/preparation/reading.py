@@ -16,6 +16,7 @@ import yaml
 
 from configs import hub
 from configs.settings import fail, say
+from configs.text import quoted
 
 
 class BadRow(Exception):
@@ -35,15 +36,16 @@ def read_rows(name: str, config: str | None, split: str, revision: str | None) -
     """
     path = hub.local_path(name)
     if path is None and hub.looks_like_path(name):
-        fail(f"DATASET_NAME {name!r}: there is no such file or folder; give one, or the name of a Hub data set")
+        fail(f"DATASET_NAME {quoted(name)}: there is no such file or folder; give one, or the name of a Hub data set")
     if path is None or (path.is_dir() and has_configurations(path)):
         loaded = load_from_hub(name if path is None else str(path), config, split, revision)
         batches = loaded.with_format("arrow").iter(1000)
         return ((f"row {n}", row) for n, row in enumerate(named(batches, loaded.features), 1))
-    paths = [path] if path.is_file() else files_of_split(path, split)
+    paths = [path] if not path.is_dir() else files_of_split(path, split)
     if not paths or paths[0].suffix.lower() not in KINDS:
         fail(
-            f"DATASET_NAME {name!r} is not a data set; known files are {', '.join(KINDS)}, or a folder that holds some"
+            f"DATASET_NAME {quoted(name)} is not a data set; known files are {', '.join(KINDS)}, or a folder that "
+            "holds some"
         )
     return itertools.chain.from_iterable(read_file(file) for file in paths)
 
@@ -283,7 +285,7 @@ def general_text(name: str | None) -> list[str]:
     if path is None:
         repo, _, config = name.partition("#")
         if not hub.is_hub_name(repo):
-            fail(f"GENERAL_TEXT {name!r}: there is no such file; {mend}")
+            fail(f"GENERAL_TEXT {quoted(name)}: there is no such file; {mend}")
         from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
 
         with hub.hub_errors("data set", repo, "GENERAL_TEXT") as check_files:
@@ -307,7 +309,7 @@ def general_text(name: str | None) -> list[str]:
                     break
         return texts or fail(f"GENERAL_TEXT {name!r} holds no text; {mend}")
     if not path.is_file():
-        fail(f"GENERAL_TEXT {name!r} is a folder; {mend}")
+        fail(f"GENERAL_TEXT {name!r} is no file; {mend}")
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
         gap = r"\n\s*\n" if re.search(r"\n\s*\n", text) else "\n"

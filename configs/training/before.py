@@ -25,6 +25,8 @@ from configs.training.memory import Plan, sharing
 from configs.training.resume import Start, say_new_end
 from configs.training.trainer import StepSampler, cut, deepspeed_path
 
+MOST_ROWS = 100_000  # of an optimizer step; the memory plan tries every number of them, which takes seconds then
+
 # --- settings and model
 
 
@@ -38,6 +40,12 @@ def problems(settings: dict) -> list[str]:
         wrong.append(
             f"SAVE_STEPS ({settings['SAVE_STEPS']}) must equal EVAL_STEPS ({settings['EVAL_STEPS']}), so that the "
             f"best model that was evaluated is also saved: --save_steps {settings['EVAL_STEPS']}"
+        )
+    rows = settings["BATCH_SIZE"] * settings["GRADIENT_ACCUMULATION_STEPS"]
+    if rows > MOST_ROWS:
+        wrong.append(
+            f"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS is {rows:,}, and a step takes {MOST_ROWS:,} rows at most: "
+            "--batch_size 4 --gradient_accumulation_steps 4"
         )
     for tracker in settings["REPORT_TO"].replace(" ", "").split(","):
         modules = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "none": "torch"}
@@ -67,7 +75,7 @@ def deepspeed_problems(settings) -> list[str]:
             config = json.loads(text)
             if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
                 raise ValueError("an object with an object zero_optimization is needed")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return [f"{name} {path} is not JSON of the right shape ({error}); compare configs/ds_config.json"]
     if ("offload" in text or sharing(settings)["offload"]) and not shutil.which("nvcc"):
         who = path or "the launcher's configuration"
