@@ -14,7 +14,6 @@ Takes about 20 s on a laptop with --preset demo. A model that was not trained is
 import inspect
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -91,7 +90,6 @@ from configs.evaluation.report import (
     load_words,
     model_card_scores,
     plots,
-    printable,
     records_of,
     sentence,
     summary_table,
@@ -103,6 +101,7 @@ from configs.evaluation.scoring import RowMetric, acting_as, answer, better_form
 from configs.evaluation.statistics import blocks, compare, effective_number, shaffer
 from configs.handover import EVALUATE, PREPARE
 from configs.preparation.reading import general_text
+from configs.text import visible
 
 # --- what is compared
 
@@ -470,7 +469,7 @@ def answer_one(settings, candidates: list[Candidate]) -> None:
                 (record,) = answer_prompts(settings, candidate, model, [ids], 1)
             grid.add_column(Text(words[candidate.label]), ratio=1)
             cut = "" if record["stopped"] else f" [{words['cut_off']}]"
-            answers.append(Text(printable(record["answer"]) + cut))
+            answers.append(Text(visible(record["answer"]) + cut))
         del model
     grid.add_row(*answers)
     say(as_text(grid))
@@ -518,9 +517,6 @@ def write_all(
 
 def main() -> None:
     settings = freeze(globals())
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
     if wrong := problems(settings):
         fail(*wrong)
     manifest = handover.read_manifest(settings.DATA_DIR)
@@ -580,9 +576,9 @@ def main() -> None:
         results["warnings"] = [sentence(note, english) for note in warnings]
         write_all(settings, results, warnings, candidates, measured, held_out)
     folder = Path(settings.REPORT_DIR)
-    print(f"\n{summary_table(results, words)}\n\n{verdict(results, PAIRS, words)}\n")
+    say(f"\n{summary_table(results, words)}\n\n{verdict(results, PAIRS, words)}\n")
     for note in warnings:
-        print(f"{words['warning']}: {sentence(note, words)}")
+        say(f"{words['warning']}: {sentence(note, words)}")
     files = ", ".join(
         f"{folder}/{name}" for name in ("evaluation_report.html (.md)", "evaluation_results.json", "plots/")
     )

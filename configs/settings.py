@@ -29,6 +29,7 @@ from typing import NoReturn
 
 from configs.flags import ROOT, SECTIONS, Flag, list_presets, preset_path, read_flags, read_preset
 from configs.secrets import redact
+from configs.text import visible
 from configs.values import Constant, as_text, read_constants
 
 RUN_ALL = "run_all.py"
@@ -74,9 +75,9 @@ def first_on_machine() -> bool:
 
 
 def say(*words: object) -> None:
-    """Print one line, once per run however many processes there are."""
+    """Print one line, once per run however many processes there are; data in it cannot steer the terminal."""
     if main_process():
-        print(redact(" ".join(map(str, words))), flush=True)
+        print(visible(redact(" ".join(map(str, words)))), flush=True)
 
 
 def fail(*problems: object) -> NoReturn:
@@ -88,8 +89,10 @@ def fail(*problems: object) -> NoReturn:
     _flush()
     if not first_on_machine():
         time.sleep(5)
-    for problem in dict.fromkeys(map(str, problems)):
-        print(redact(f"error: {problem}"), file=sys.stderr)
+    for problem in dict.fromkeys(visible(redact(str(problem))) for problem in problems):
+        # of what a user pasted by mistake, the beginning says enough; the end says what mends it
+        shown = problem if len(problem) <= 3000 else f"{problem[:1000]} ... {problem[-1000:]}"
+        print(f"error: {shown}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -101,9 +104,13 @@ def quiet_errors() -> None:
 
     Ctrl-C: one line, exit code 130. A package of requirements.txt that is not installed: one line with the command
     that installs it, exit code 2. `| head`, which reads no further: no line, exit code 141, as Unix tools end.
-    Anything else keeps its traceback. `override` calls it; a program without settings calls it before its imports.
+    Anything else keeps its traceback. A character that a terminal cannot show becomes a ?.
+    `override` calls it; a program without settings calls it before its imports.
     """
     if sys.excepthook is not _end_quietly:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
         sys.excepthook = _end_quietly
         atexit.register(_end_without_reader)
 

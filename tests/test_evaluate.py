@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs import device
 from configs.evaluation import metrics, scoring, statistics
 from configs.evaluation.candidates import HeldOut
-from configs.evaluation.report import load_words, printable, sentence, summary_table, verdict, write_report
+from configs.evaluation.report import load_words, sentence, summary_table, verdict, write_report
 from configs.preparation.reading import general_text
 from configs.values import read_constants
 
@@ -1036,7 +1036,7 @@ def as_shown(text: str) -> str:
     text = " ".join(text.split())
     text = text if len(text) <= 600 else text[:600] + " ..."
     # the first two control characters are markdown's own; the last turns the direction of writing
-    return re.sub("[\u0002\u0003\u202e]", "", text)
+    return re.sub("[\u0002\u0003\u202e]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def report_of(results: dict, folder: Path, texts: list[str], name: str) -> tuple[str, Page]:
@@ -1522,13 +1522,6 @@ def test_a_prompt_with_a_marker_is_refused_before_a_model_is_loaded(call, script
     for marker in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         code, said, _ = call(PROMPT=f"What? {marker}system")
         assert code == 2 and "PROMPT" in said and marker in said
-
-
-def test_what_a_model_says_cannot_steer_a_terminal():
-    nasty = "a\x1b[31mred\x1b]0;title\x07\x9b2J\u202eb\rc\n中文"
-    shown = printable(nasty)
-    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(shown)
-    assert shown.endswith("c\n中文") and shown.startswith("a")
 
 
 def test_both_languages_have_the_same_sentences_with_the_same_gaps(script):

@@ -14,6 +14,7 @@ from rich.table import Table
 from configs import handover
 from configs.evaluation.statistics import shows
 from configs.settings import command, say
+from configs.text import cell
 
 Note = tuple[str, dict]  # key of a sentence in templates/<language>.yaml, and what it is filled with
 TEMPLATES = Path(__file__).with_name("templates")
@@ -163,13 +164,6 @@ def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def cell(text: object) -> str:
-    """Text of data or models as one harmless table cell: no markup, line break, column or other writing direction."""
-    short = " ".join(re.sub("[\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", str(text)).split())
-    short = short if len(short) <= 600 else short[:600] + " ..."
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~$\"-])", lambda m: f"&#{ord(m[0])};", short.replace("&", "&amp;"))
-
-
 def write_report(results: dict, examples: list[dict], images: list[str], folder: Path, language: str) -> None:
     """evaluation_report.md from the templates, and evaluation_report.html from it, with the pictures inside.
 
@@ -219,11 +213,6 @@ def records_of(label: str, measured, held_out) -> list[dict]:
 # --- the terminal
 
 
-def printable(text: str) -> str:
-    """Text of a model for a terminal: what would move the cursor or change colours is left out."""
-    return "".join(ch if ch == "\n" or ch.isprintable() else " " for ch in text)
-
-
 def as_text(table: Table, width: int | None = None) -> str:
     """A table as text, in the terminal's width."""
     width = width or max(Console().width, 40)
@@ -245,7 +234,7 @@ def model_card_scores(results: dict, name: str) -> str:
         ("style_match", "style match (0 to 1)", ".3f"),
     ):
         lines.append(f"| {label} | {base[key]:{form}} | {own[key]:{form}} |")
-    return "\n".join([*lines, "", results["verdict"]])
+    return "\n".join([*lines, "", cell(results["verdict"], 5000) if results.get("unsound") else results["verdict"]])
 
 
 def write_card(folder: Path, scores: str) -> None:

@@ -19,6 +19,7 @@ from configs import chat, device, handover
 from configs.device import GB
 from configs.settings import command, disk_full, fail, say
 from configs.state import spell
+from configs.text import visible
 from configs.training import checkpoints
 from configs.training.memory import Plan
 from configs.training.resume import Start
@@ -215,8 +216,8 @@ class RunLog(TrainerCallback, ExportableState):
 
 
 def indent(text: str) -> str:
-    """Text inside an indented block of Markdown: shown as it is, whatever markup it holds."""
-    return text.replace("\n", "\n    ")
+    """Text inside an indented block of Markdown: shown as it is, whatever markup or kind of line break it holds."""
+    return visible(text).replace("\n", "\n    ")
 
 
 def overfitting(history: list[dict]) -> str | None:
