@@ -164,7 +164,12 @@ def read_file(path: Path) -> Iterator[tuple[str, object]]:
             lines = enumerate(file, 1)
             number = next(n for n, line in lines if line.decode(errors="replace").encode() != line)
         fail(f"{path}, line {number}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f {code} -t utf-8 {path}")
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except RecursionError:
+        fail(
+            f"{path} cannot be read as {kind[1:]}: lists or objects stand in one another too deep; write one row a "
+            "line (.jsonl), then only the rows that are so deep are left out"
+        )
+    except (OSError, ValueError, csv.Error) as error:
         fail(f"{path} cannot be read as {kind[1:]}: {str(error).splitlines()[0]}")
 
 
@@ -206,9 +211,18 @@ def read_csv(path: Path) -> Iterator[tuple[str, object]]:
 
 # --- JSON
 
+
+def whole_number(digits: str) -> int | float:
+    """An integer of a JSON text; where it has more digits than Python converts (4,300), a float."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
+
+
 # strict would refuse a line break inside a string, which people do write
-DECODER = json.JSONDecoder(strict=False)
-UNIQUE = json.JSONDecoder(strict=False, object_pairs_hook=unique_keys)
+DECODER = json.JSONDecoder(strict=False, parse_int=whole_number)
+UNIQUE = json.JSONDecoder(strict=False, parse_int=whole_number, object_pairs_hook=unique_keys)
 TURNS = ("messages", "conversations", "prompt", "completion")  # columns that are lists of objects themselves
 
 

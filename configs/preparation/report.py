@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 
 from configs import chat, handover
+from configs.text import cell, visible
 
 SAMPLE = 2000  # rows whose tokens are counted
 
@@ -43,7 +44,7 @@ def write_report(
     pyplot.close(figure)
 
     n, groups = manifest["rows"], manifest["groups"]
-    lines = [f"# Data set report: {manifest['source']}", ""]
+    lines = [f"# Data set report: {cell(manifest['source'])}", ""]
     lines += [
         f"{n['read']:,} rows read as {manifest['schema']['name']}, {n['kept']:,} kept: {n['train']:,} to train on, "
         f"{n['validation']:,} to validate and {n['test']:,} to test.",
@@ -69,7 +70,10 @@ def write_report(
     if n["dropped"]:
         lines += ["| reason | rows | examples |", "|---|---|---|"]
         examples = manifest["dropped_examples"]
-        lines += [f"| {why} | {count:,} | {', '.join(examples[why])} |" for why, count in n["dropped"].items()]
+        lines += [
+            f"| {cell(why)} | {count:,} | {', '.join(map(cell, examples[why]))} |"
+            for why, count in n["dropped"].items()
+        ]
     else:
         lines += ["Nothing."]
     lines += ["", "## Changed", ""]
@@ -77,7 +81,7 @@ def write_report(
     lines += ["", "## What the model will see", "", "The part between ⟦ and ⟧ is trained; the rest is only read."]
     for row in sample.select(range(min(3, len(sample)))):
         before, after = chat.render(tokenizer, row["prompt"], row["completion"])
-        text = f"{before[-3000:]}⟦{after[:3000]}⟧"
+        text = visible(f"{before[-3000:]}⟦{after[:3000]}⟧")
         fence = "~" * max(3, *(len(run) + 1 for run in re.findall("~+", text)), 3)
         lines += ["", fence, text, fence]
     handover.write_text(folder / "dataset_report.md", "\n".join(lines) + "\n")
