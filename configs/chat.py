@@ -68,8 +68,16 @@ def markers(tokenizer) -> list[str]:
     if declared:  # "### Response:" holds a space, so the list is cut before each marker's own beginning
         marks |= {m.strip() for m in re.split(r"\s+(?=###|\[|<)", declared.group(1)) if m.strip()}
     else:
-        marks |= set(re.findall(r"<\|[^|<>]+\|>|\[/?[A-Z_]{3,}\]|<</?SYS>>|<(?:start|end)_of_turn>", template))
+        marks |= set(re.findall(r"<[|｜][^|｜<>]+[|｜]>|\[/?[A-Z_]{3,}\]|<</?SYS>>|<(?:start|end)_of_turn>", template))
     return sorted(marks)
+
+
+def without_markers(text: str, marks: list[str]) -> str:
+    """Text that cannot pose as a turn: behind the first character of each marker stands a space."""
+    for mark in marks:
+        if len(mark) > 1:
+            text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+    return text
 
 
 # --- conversations

@@ -248,8 +248,10 @@ class RewardJudge:
     def __call__(self, bouts: list[tuple[str, str, str, str]]) -> list[str | None]:
         """As ServerJudge's."""
         pairs = dict.fromkeys((q, text) for _, q, *texts in bouts for text in texts)
+        marks = chat.markers(self.tokenizer)
         for q, text in tqdm([p for p in pairs if p not in self.known], desc="judging", unit=" answers"):
-            turns = [{"role": "user", "content": q}], [{"role": "assistant", "content": text}]
+            question, reply = (chat.without_markers(part, marks) for part in (q, text))
+            turns = [{"role": "user", "content": question}], [{"role": "assistant", "content": reply}]
             context, continuation = chat.encode(self.tokenizer, *turns)
             ids = torch.tensor([context + continuation], device=self.model.device)
             self.known[q, text] = float(self.model(input_ids=ids).logits[0, 0])
