@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from configs import chat, handover, hub
 from configs.settings import say
+from configs.text import cell, visible
 from configs.training.runlog import RunLog
 from configs.training.trainer import ExactTrainer
 
@@ -99,17 +100,22 @@ def model_card(trainer: ExactTrainer, log: RunLog, folder: str) -> str:
     return card.render(
         # a folder on this machine is not a Hub id, which is all that the card's metadata may name
         base_on_hub=hub.local_path(name) is None,
-        base=name if hub.local_path(name) is None else Path(name).name,
+        base=code(name if hub.local_path(name) is None else Path(name).name),
         kind=kinds[folder],
         adapter=folder == "final_lora_adapter",
         four_bit=lora and settings["USE_4BIT"],
         dtype=dtype,
         folder=folder,
-        source=source if hub.local_path(source) is None else Path(source).name,
+        source=code(source if hub.local_path(source) is None else Path(source).name),
         loss="not measured" if loss is None else f"{loss:.4f} nats per token",
-        settings={key: settings[key] for key in shown},
+        settings={key: cell(settings[key]) for key in shown},
         **rows,
     )
+
+
+def code(name: object) -> str:
+    """A name for the card, on one line, between backticks and in a comment of its program: it ends neither."""
+    return " ".join(visible(name).split()).replace("`", "'").replace("<", "(").replace(">", ")")
 
 
 def cast_folder(folder: Path, dtype: torch.dtype) -> None:
