@@ -139,7 +139,7 @@ class Constant:
     def mended(self, value: object) -> object:
         """An allowed value in place of `value`: the word that was nearly typed, the default, or what is at hand."""
         words = {str(word).lower(): word for word in self.choices}
-        close = [words[name] for name in [near(value, words, 0.8)] if name]
+        close = [words[name] for name in [near(value if isinstance(value, str) else "", words, 0.8)] if name]
         ends = [end for _, end in limits(self.range)]
         at_hand = [*self.choices, *ends, *(KINDS[kind][1] for kind in self.types), *(end + 1 for end in ends)]
         typed = [float(v) if "int" not in self.types and type(v) is int else v for v in at_hand]
