@@ -4,13 +4,12 @@ Problems are collected in a list of sentences; nothing here prints or ends the p
 """
 
 import contextlib
-import errno
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.text import load_yaml, quoted
+from configs.text import quoted, read_yaml
 from configs.values import Constant, as_text, near, with_type
 
 ROOT = Path(__file__).absolute().parent.parent
@@ -21,7 +20,6 @@ SECTIONS = {
     "3_full_finetuning.py": "full",
     "4_evaluate_compare.py": "evaluate",
 }
-PRESET_BYTES = 1_000_000  # a larger file is given by mistake, and would take minutes to read
 # Setting -> what people call it elsewhere. Of several settings with one such name, the first that a script has is
 # meant.
 ALIASES = {
@@ -98,7 +96,7 @@ def list_presets(root: str | Path = ROOT) -> dict[str, str]:
     """Name -> description of each preset in `root`/configs/presets; "" where a file has none to be read."""
     presets = {}
     for path in sorted(Path(root, "configs", "presets").glob("*.yaml")):
-        data = load_yaml(path.read_text(encoding="utf-8-sig", errors="replace"))[0]
+        data, _ = read_yaml(path)
         presets[path.stem] = str(data.get("description") or "").strip() if isinstance(data, dict) else ""
     return presets
 
@@ -124,14 +122,10 @@ def read_preset(name: str, root: Path, scripts: dict, problems: list) -> dict[st
     """
     try:
         path = preset_path(name, root)
-        if path.stat().st_size > PRESET_BYTES:
-            raise OSError(errno.EFBIG, f"it has more than {PRESET_BYTES:,} bytes")
-        data, wrong = load_yaml(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        told = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 ({error.reason})"
-        unknown = isinstance(error, FileNotFoundError)
-        problems.append(error if unknown else f"preset {name} cannot be read: {told}; the presets are text (.yaml)")
+    except FileNotFoundError as error:
+        problems.append(error)
         return {}
+    data, wrong = read_yaml(path)
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     problems += [f"{shown}, {problem}" for problem in wrong]
     sections = [*SECTIONS.values(), "all"]

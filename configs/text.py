@@ -4,12 +4,14 @@ What users, data, models and servers say may hold anything. Light: imported befo
 """
 
 import re
+from pathlib import Path
 
 # What moves a terminal's cursor, or changes its colours, its title or the direction of writing, and half characters,
 # which cannot be written at all: control characters other than line break and tab, marks of direction, surrogates.
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # What Markdown or HTML may take for more than a letter; within a word, _ and - are none.
 MARKUP = re.compile(r"[\\`*{}\[\]<>()#+!|~$\"]|(?<!\w)[_-]|[_-](?!\w)")
+YAML_BYTES = 1_000_000  # a larger file is given by mistake, and would take minutes to read
 YAML_VALUES = 10_000  # most values of a YAML text, its aliases written out
 
 
@@ -56,6 +58,18 @@ def is_path(text: str) -> bool:
 
 
 # --- YAML
+
+
+def read_yaml(path: Path) -> tuple[object, list[str]]:
+    """The value of a YAML file, and what is wrong with it, as `load_yaml` says it."""
+    try:
+        if path.stat().st_size > YAML_BYTES:
+            return None, [f"it has more than {YAML_BYTES:,} bytes"]
+        return load_yaml(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        return None, [f"it cannot be read: {error.strerror}"]
+    except UnicodeDecodeError as error:
+        return None, [f"it is not UTF-8: {error.reason}"]
 
 
 def load_yaml(text: str) -> tuple[object, list[str]]:

@@ -598,7 +598,7 @@ PRESETS = {
     "numbers for names": ("lora: {lora_target_modules: [1, [2]]}", "LORA_TARGET_MODULES wants"),
     "terminal": ('"\\e[31mlora": {lora_r: 8}', r"unknown section \x1b[31mlora"),
     "NUL in the file": ("lora: {lora_r: \0}", "unacceptable character"),
-    "too large": ("# " + "x" * 1_000_000, "cannot be read: it has more than 1,000,000 bytes"),
+    "too large": ("# " + "x" * 1_000_000, "p.yaml, it has more than 1,000,000 bytes"),
 }
 
 
@@ -809,6 +809,34 @@ def test_arbitrary_presets_and_flags_end_with_0_or_2(tmp_path, monkeypatch, caps
         assert shown.err.startswith("error: ") == (code == 2) and not steering(shown.err) and not steering(shown.out)
 
     holds()
+
+
+@HURRIED
+@given(
+    st.dictionaries(
+        words | st.sampled_from(["one", "two"]),
+        st.fixed_dictionaries({"method": st.sampled_from(["lora", "full"]) | values}, optional={"rows": values})
+        | st.dictionaries(names | words, values, max_size=2)
+        | values,
+        max_size=3,
+    ).map(lambda arms: yaml.safe_dump({"arms": arms}, allow_unicode=True))
+    | yamls
+)
+@example(f"arms: {{a: {{method: lora}}, {'b' * 5000}: {{method: full}}}}")
+def test_an_arbitrary_question_of_a_sweep_is_read_or_refused(tmp_path_factory, text):
+    from configs.comparison.sweep import read_question
+
+    path = tmp_path_factory.getbasetemp() / "question.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    endures(read_question, str(path))
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~nobody.yaml", "a" * 5000 + ".yaml", "../default", "\0.yaml"])
+def test_a_question_that_cannot_be_is_refused(capsys, name):
+    from configs.comparison.sweep import read_question
+
+    assert endures(read_question, name) == 2
+    assert capsys.readouterr().err.startswith("error: unknown question ")
 
 
 @HURRIED

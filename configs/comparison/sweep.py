@@ -30,7 +30,8 @@ from pathlib import Path
 from configs import handover, hub, state
 from configs.flags import near
 from configs.settings import ROOT, SECTIONS, command, fail, say
-from configs.values import as_text, load_yaml, read_constants
+from configs.text import quoted, read_yaml
+from configs.values import as_text, read_constants
 
 FOLDER = Path(__file__).parent
 SCRIPTS = {section: script for script, section in SECTIONS.items()}
@@ -59,15 +60,13 @@ def read_question(name: str, root: Path = ROOT) -> tuple[dict, list[Arm]]:
 
     Raises: SystemExit(2) where it is wrong, with all that is.
     """
-    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     known = {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
-    if not path.is_file():
-        listed = "".join(
-            f"\n  {stem}: {load_yaml(f.read_text('utf-8'))[0]['description']}" for stem, f in known.items()
-        )
+    path = hub.local_path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+    if path is None or not path.is_file():
+        listed = "".join(f"\n  {stem}: {read_yaml(file)[0]['description']}" for stem, file in known.items())
         hint = f"; did you mean {guess}?" if (guess := near(name, known)) else ""
-        fail(f"unknown question {name!r}{hint}; give a path to a .yaml file, or one of{listed}")
-    data, wrong = load_yaml(path.read_text("utf-8-sig"))
+        fail(f"unknown question {quoted(name)}{hint}; give a path to a .yaml file, or one of{listed}")
+    data, wrong = read_yaml(path)
     if not isinstance(data, dict) or not isinstance(data.get("arms"), dict) or len(data["arms"]) < 2:
         fail(
             *[f"{path}, {line}" for line in wrong],
@@ -79,8 +78,8 @@ def read_question(name: str, root: Path = ROOT) -> tuple[dict, list[Arm]]:
         if not isinstance(body, dict) or body.get("method") not in ("lora", "full"):
             problems.append(f"{where} wants `method: lora` or `method: full`")
             continue
-        if not str(title).replace("_", "").replace("-", "").isalnum():
-            problems.append(f"{where}: a name holds letters, digits, - and _ only, since it becomes a folder")
+        if not str(title).replace("_", "").replace("-", "").isalnum() or len(str(title)) > 50:
+            problems.append(f"{where}: a name holds letters, digits, - and _ only, 50 at most: it becomes a folder")
         constants, settings = read_constants(root / SCRIPTS[body["method"]]), {}
         rows = body.get("rows", 1.0)
         if not isinstance(rows, int | float) or not 0 < rows <= 1:
