@@ -68,6 +68,11 @@ def steering(text: str, allowed: str = "\n\t") -> set[str]:
     }
 
 
+def bars_aside(text: str) -> str:
+    """What a run printed, without how tqdm moves between its bars."""
+    return text.replace("\x1b[A", "").replace("\r", "")
+
+
 def endures(function, *arguments) -> int:
     """0 where a function returns, 2 where it ends as the user's mistake; anything else is raised."""
     try:
@@ -930,9 +935,12 @@ def test_extreme_settings_end_with_0_or_2(trained, tiny, tmp_path, script, words
     if script != "run_all.py":
         given = ["--model_name", tiny, *given]
     done = run(script, *given, *words.split(" "), cwd=work)
-    assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr[-3000:]
-    assert done.returncode == 0 or "error: " in done.stderr
-    assert not steering(done.stdout) and not steering(done.stderr, "\n\t\r")
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    if "--lora_alpha" in words:  # what nobody can know before: a NaN is an end of its own
+        assert done.returncode == 1 and "error: loss is nan" in done.stdout
+    else:
+        assert done.returncode == 0 or done.returncode == 2 and "error: " in done.stderr, done.stderr[-3000:]
+    assert not steering(done.stdout) and not steering(bars_aside(done.stderr))
 
 
 @pytest.fixture(scope="module")
@@ -941,7 +949,7 @@ def hostile_run(tmp_path_factory, tiny) -> tuple[Path, list[subprocess.Completed
     folder = tmp_path_factory.mktemp("hostile")
     rows = finance_rows(160, seed=5)
     for n, row in enumerate(rows):
-        row["instruction"] += f" {TEXTS[n % len(TEXTS)]}"
+        row["instruction"] += f" \x1b[31m {TEXTS[n % len(TEXTS)]}"  # each one, whichever a training shows
         row["output"] += f" {TEXTS[n % len(TEXTS)]}"
     source = write_rows(folder / "a|b![x](http:evil)`\x1b[31m.jsonl", rows)
     done = [run(SCRIPTS[0], "--dataset_name", source, "--model_name", tiny, "--eval_fraction", "0.3", cwd=folder)]
@@ -957,7 +965,7 @@ def hostile_run(tmp_path_factory, tiny) -> tuple[Path, list[subprocess.Completed
 def test_hostile_rows_on_their_way_to_the_report(hostile_run):
     folder, done = hostile_run
     for step in done:
-        assert not steering(step.stdout) and not steering(step.stderr, "\n\t\r"), step.args
+        assert not steering(step.stdout) and not steering(bars_aside(step.stderr)), step.args
     assert r"\x1b" in "".join(step.stdout for step in done[1:3])  # the row that a training shows
     for path in [*folder.glob("data/*.md"), *folder.glob("outputs/*.md"), *folder.glob("outputs/*.html")]:
         assert not steering(path.read_text("utf-8")), path
