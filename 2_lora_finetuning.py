@@ -95,7 +95,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTConfig
 
-from configs import chat, device, handover
+from configs import chat, device, handover, models
 from configs.training.before import meet, model_config, preflight, problems
 from configs.training.export import merge_adapter, save_final
 from configs.training.memory import Plan, make_plan
@@ -159,15 +159,15 @@ def adapter_config(settings) -> LoraConfig:
 
 def build_model(settings, plan: Plan, target: torch.device) -> PreTrainedModel:
     """The frozen base, in 4 bits or in the plan's precision, on the target device."""
-    with hub.hub_errors("model", settings.MODEL_NAME, "MODEL_NAME", settings.MODEL_REVISION):
-        return AutoModelForCausalLM.from_pretrained(
-            hub.model_path(settings.MODEL_NAME),
-            revision=settings.MODEL_REVISION,
-            dtype=plan.dtype,
-            attn_implementation=plan.attn_implementation,
-            quantization_config=device.nf4(plan.dtype) if settings.USE_4BIT else None,
-            device_map=device.placement(target, settings.USE_4BIT),
-        )
+    return models.load(
+        AutoModelForCausalLM,
+        settings.MODEL_NAME,
+        settings.MODEL_REVISION,
+        dtype=plan.dtype,
+        attn_implementation=plan.attn_implementation,
+        quantization_config=device.nf4(plan.dtype) if settings.USE_4BIT else None,
+        device_map=device.placement(target, settings.USE_4BIT),
+    )
 
 
 def main() -> None:
@@ -175,7 +175,8 @@ def main() -> None:
     name, revision, length = settings.MODEL_NAME, settings.MODEL_REVISION, settings.MAX_LENGTH
     if wrong := device.machine_problems() + problems(vars(settings)):
         fail(*wrong)
-    config, adapter = model_config(name, revision, length), adapter_config(settings)
+    config = model_config(name, revision, length, weights=not settings.PLAN_ONLY)
+    adapter = adapter_config(settings)
     if settings.PLAN_ONLY:
         make_plan(settings, config, length, adapter)
         return

@@ -87,7 +87,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTConfig
 
-from configs import chat, device, handover
+from configs import chat, device, handover, models
 from configs.training.before import meet, model_config, preflight, problems
 from configs.training.export import save_final
 from configs.training.memory import Plan, make_plan
@@ -144,14 +144,14 @@ def adapter_config(settings) -> None:
 
 def build_model(settings, plan: Plan, target: torch.device) -> PreTrainedModel:
     """The model with fp32 masters, or bf16 weights rounded stochastically: plain bf16 loses small updates."""
-    with hub.hub_errors("model", settings.MODEL_NAME, "MODEL_NAME", settings.MODEL_REVISION):
-        return AutoModelForCausalLM.from_pretrained(
-            hub.model_path(settings.MODEL_NAME),
-            revision=settings.MODEL_REVISION,
-            dtype=torch.bfloat16 if plan.half_weights else torch.float32,
-            attn_implementation=plan.attn_implementation,
-            device_map=device.placement(target),
-        )
+    return models.load(
+        AutoModelForCausalLM,
+        settings.MODEL_NAME,
+        settings.MODEL_REVISION,
+        dtype=torch.bfloat16 if plan.half_weights else torch.float32,
+        attn_implementation=plan.attn_implementation,
+        device_map=device.placement(target),
+    )
 
 
 def main() -> None:
@@ -159,7 +159,8 @@ def main() -> None:
     name, revision, length = settings.MODEL_NAME, settings.MODEL_REVISION, settings.MAX_LENGTH
     if wrong := device.machine_problems() + problems(vars(settings)):
         fail(*wrong)
-    config, adapter = model_config(name, revision, length), adapter_config(settings)
+    config = model_config(name, revision, length, weights=not settings.PLAN_ONLY)
+    adapter = adapter_config(settings)
     if settings.PLAN_ONLY:
         make_plan(settings, config, length, adapter)
         return

@@ -71,7 +71,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from configs import chat, device, handover, state
+from configs import chat, device, handover, models, state
 from configs.evaluation import metrics
 from configs.evaluation.candidates import (
     Candidate,
@@ -439,10 +439,7 @@ def with_embedder(settings, held_out: HeldOut) -> HeldOut:
     """The test split with EMBEDDING_MODEL's embeddings, where one is set."""
     if not settings.EMBEDDING_MODEL:
         return held_out
-    from sentence_transformers import SentenceTransformer
-
-    with hub.hub_errors("model", settings.EMBEDDING_MODEL, "EMBEDDING_MODEL"):
-        model = SentenceTransformer(hub.model_path(settings.EMBEDDING_MODEL), device=str(device.compute_device()))
+    model = models.load_embedder(settings.EMBEDDING_MODEL, str(device.compute_device()))
     return replace(held_out, embed=lambda texts: model.encode(texts, normalize_embeddings=True, convert_to_numpy=True))
 
 

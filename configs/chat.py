@@ -1,18 +1,28 @@
 """A conversation as text and as token ids: the same in preparation, training and scoring."""
 
+import contextlib
 import re
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
+import psutil
 from transformers import PretrainedConfig, PreTrainedModel
 
-from configs import hub
+from configs import models
 from configs.settings import ROOT, fail
 from configs.text import quoted
 
 # what a base model that was never shown a chat template is asked with
 PLAIN = "Question: {question}\n\nAnswer:"
 
+
+# A chat template is a program that somebody else wrote. Real ones have up to 20,000 characters and take milliseconds.
+LONGEST_TEMPLATE = 200_000  # characters
+RENDERING_SECONDS = 10  # for one conversation
+RENDERING_BYTES = 2_000_000_000
 
 # --- templates
 
@@ -25,20 +35,18 @@ def chat_template_file(prompt_format: str) -> Path:
     return known[prompt_format]
 
 
-def load_tokenizer(name: str, revision: str | None, prompt_format: str):
+def load_tokenizer(
+    name: str, revision: str | None, prompt_format: str, flag: str = "MODEL_NAME", mend: str | None = None
+):
     """A tokenizer whose chat template is the model's own ("auto", where it has one) or one of ours; no token is added.
 
     Its template travels with it: whatever is saved with this tokenizer renders conversations as they were trained.
-    Raises: SystemExit(2) when the model cannot be had.
+    flag: the setting that names the model; mend: what a user can do where it is damaged.
+    Raises: SystemExit(2) when the model cannot be had, or its tokenizer or template cannot be used.
     """
-    from transformers import AutoTokenizer
-
-    with hub.hub_errors("model", name, "MODEL_NAME", revision):
-        tokenizer = AutoTokenizer.from_pretrained(hub.model_path(name), revision=revision)
-    if tokenizer.eos_token is None:
-        fail(f"model {name!r} has no end-of-text token (eos_token), so an answer could not end; use another model")
-    if not tokenizer("What is an ETF?", add_special_tokens=False).input_ids:
-        fail(f"model {name!r} has no tokenizer that can be used (is tokenizer.json missing?); save one with it")
+    tokenizer = models.load_tokenizer(name, revision, flag, mend)
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if prompt_format != "auto" or not tokenizer.chat_template:
         template = chat_template_file("chatml" if prompt_format == "auto" else prompt_format).read_text("utf-8")
         # Llama's tokenizer begins every text with its BOS, phi-2's does not: the template does what the model knows.
@@ -50,7 +58,68 @@ def load_tokenizer(name: str, revision: str | None, prompt_format: str):
         tokenizer.pad_token = (
             tokenizer.eos_token
         )  # only fills rows up; the loss is masked by position, not by token id
+    check_template(tokenizer, f"the chat template of model {name!r} ({flag})")
     return tokenizer
+
+
+def check_template(tokenizer, what: str) -> None:
+    """Exit code 2 where a chat template is no template, or takes more than a template may; `what` names it."""
+    mend = "give the data a format of ours: --prompt_format chatml, or use another model"
+    if len(tokenizer.chat_template) > LONGEST_TEMPLATE:
+        size = len(tokenizer.chat_template)
+        fail(f"{what} has {size:,} characters, and no real one has more than {LONGEST_TEMPLATE:,}; {mend}")
+    try:
+        with memory_limit(RENDERING_BYTES):
+            render(tokenizer, [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}])
+    except MemoryError:
+        fail(f"{what} takes more than {RENDERING_BYTES / 1e9:.0f} GB for one short conversation; {mend}")
+    except (jinja2.TemplateSyntaxError, jinja2.exceptions.SecurityError, RecursionError) as error:
+        fail(f"{what} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {mend}")
+    except Exception:  # it may ask for a system message first: the rows will tell
+        return
+
+
+@contextlib.contextmanager
+def memory_limit(size: int) -> Iterator[None]:
+    """Let this process take at most `size` bytes more: beyond, a MemoryError. Without effect on macOS and Windows."""
+    try:
+        import resource
+
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        most = psutil.Process().memory_info().vms + size
+        resource.setrlimit(resource.RLIMIT_AS, (most if before[0] < 0 else min(most, before[0]), before[1]))
+    except (ImportError, ValueError, OSError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End the program with exit code 2 where a chat template takes longer.
+
+    A signal interrupts it, which Windows does not have, and which reaches the main thread only.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_) -> None:
+        fail(
+            f"the chat template takes more than {seconds:g} s for one conversation, so it may never end; use another "
+            "model, or prepare the data with a format of ours: --prompt_format chatml"
+        )
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def is_our_template(tokenizer) -> bool:
@@ -88,8 +157,9 @@ def render(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[str, 
 
     Raises: ValueError when the template does not continue its own generation prompt (the answer cannot be told apart).
     """
-    before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    conversation = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+    with time_limit(RENDERING_SECONDS):
+        before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        conversation = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
     if not conversation.startswith(before):
         raise ValueError("the chat template renders a prompt differently once its answer is there")
     after = conversation[len(before) :]

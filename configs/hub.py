@@ -22,6 +22,10 @@ from pathlib import Path
 from configs.settings import ROOT, fail, first_on_machine, say
 from configs.text import quoted
 
+# A model can bring Python code of its own, which the libraries would run, after a question on the terminal where this
+# is not said. It is never run here.
+TRUST_REMOTE_CODE = False
+
 WAYS_OUT = (
     "use a local folder or file, `--preset demo` (needs no network), a mirror (set HF_ENDPOINT), "
     "or HF_HUB_OFFLINE=1 with what an earlier run has cached"
@@ -207,7 +211,8 @@ def explain(error: Exception, kind: str, name: str, flag: str, revision: str | N
         near = near_name(kind, name)
         near = f"; did you mean {near!r}?" if near else f": check the name at {page}, or run `hf auth login`"
         fail(f"{what} is not on the Hub, or it is private{near}")
-    if is_hub_name(name) and is_offline():
+    # what is wrong inside a cached model's files is no OSError
+    if is_hub_name(name) and is_offline() and (kind != "model" or isinstance(error, OSError)):
         fail(f"{what} is not complete in the cache, and the Hub is not asked; {WAYS_OUT}")
     if 401 in status:
         fail(

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from configs import chat, handover, hub
+from configs import chat, handover, hub, models
 from configs.evaluation.report import Note, load_words, sentence
-from configs.evaluation.scoring import loading
 from configs.handover import FULL, LORA, PREPARE
 from configs.settings import command, fail
 
@@ -163,9 +162,9 @@ def load_tokenizers(candidates: list[Candidate], settings, prompt_format: str) -
     for candidate in candidates:
         source, trained = candidate.own_folder, candidate.log is not None
         if source not in tokenizers:
-            with loading(source, candidate.remedy):
-                revision, form = (None, "auto") if trained else (settings.MODEL_REVISION, prompt_format)
-                tokenizers[source] = chat.load_tokenizer(source, revision, form)
+            revision, form = (None, "auto") if trained else (settings.MODEL_REVISION, prompt_format)
+            tokenizers[source] = chat.load_tokenizer(source, revision, form, mend=candidate.remedy)
+            with models.loading(source, candidate.remedy):
                 chat.answer_end(tokenizers[source])
     return [replace(candidate, tokenizer=tokenizers[candidate.own_folder]) for candidate in candidates]
 

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.utils import httpx
 from tqdm.auto import tqdm
 
-from configs import chat, device, hub
+from configs import chat, device, hub, models
 from configs.evaluation.metrics import Words
 from configs.evaluation.statistics import win_rate
 from configs.secrets import holds_secret, redact
@@ -236,12 +236,12 @@ class RewardJudge:
     def __init__(self, name: str):
         from transformers import AutoModelForSequenceClassification
 
-        with hub.hub_errors("model", name, "JUDGE"):
-            self.tokenizer = chat.load_tokenizer(name, None, "auto")
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                hub.model_path(name), num_labels=1, dtype=torch.float32
-            ).eval()
-        self.model.to(device.compute_device())
+        config = models.configuration(name, None, "JUDGE", num_labels=1)
+        self.tokenizer = chat.load_tokenizer(name, None, "auto", "JUDGE")
+        self.model = models.load(
+            AutoModelForSequenceClassification, name, None, "JUDGE", config=config, dtype=torch.float32
+        )
+        self.model.to(device.compute_device()).eval()
         self.known: dict[tuple[str, str], float] = {}
 
     @torch.inference_mode()

@@ -14,12 +14,11 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Features, Value
 from peft import PeftModel
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from configs import chat, device, hub
+from configs import chat, device, models
 from configs.handover import PREPARE
 from configs.settings import command, fail, main_process, say
 
@@ -44,34 +43,18 @@ def load_model(candidates: list, dtype: torch.dtype, revision: str | None) -> Pr
         options["attn_implementation"] = attention
     if candidate.four_bit:
         options["quantization_config"] = device.nf4(dtype)
-    base_remedy = candidate.remedy if source == candidate.own_folder else "get it anew, or name another one"
-    with loading(source, base_remedy), hub.hub_errors("model", source, "MODEL_NAME", revision):
-        model = AutoModelForCausalLM.from_pretrained(
-            hub.model_path(source), revision=revision, dtype=dtype, device_map={"": device.compute_device()}, **options
-        )
+    mend = candidate.remedy if source == candidate.own_folder else None
+    options |= {"dtype": dtype, "device_map": {"": device.compute_device()}}
+    model = models.load(AutoModelForCausalLM, source, revision, mend=mend, **options)
     device.keep_4bit_layout(model)
     device.fuse_gelu(model)
     for adapted in (c for c in candidates if c.adapter):
-        with loading(adapted.adapter, adapted.remedy):
-            model = PeftModel.from_pretrained(model, adapted.adapter)
+        model = models.load_adapter(model, adapted.adapter, adapted.remedy)
     # a chat model's own decoding (temperature, repetition penalty) would make the answers incomparable
     model.generation_config = GenerationConfig()
     if isinstance(model, PeftModel):
         model.get_base_model().generation_config = GenerationConfig()
     return model.eval()
-
-
-@contextlib.contextmanager
-def loading(source: str, remedy: str) -> Iterator[None]:
-    """Turn what the libraries raise for a damaged folder into one sentence, with its remedy, and exit code 2."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        fail(f"{source} does not fit into memory ({reason}); use --precision bf16, or a smaller model")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        fail(f"{source} cannot be loaded ({reason[:300]}); {remedy}")
 
 
 def acting_as(model: PreTrainedModel, candidate) -> contextlib.AbstractContextManager:

@@ -16,9 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import AutoConfig
 
-from configs import chat, device, handover, hub
+from configs import chat, device, handover, hub, models
 from configs.settings import command, fail, first_on_machine, main_process, say
 from configs.training import checkpoints
 from configs.training.memory import Plan, sharing
@@ -104,10 +103,13 @@ def splitting_problems(settings) -> list[str]:
     return wrong
 
 
-def model_config(name: str, revision: str | None, max_length: int):
-    """The model's configuration, read before its weights; exit code 2 where MAX_LENGTH exceeds its positions."""
-    with hub.hub_errors("model", name, "MODEL_NAME", revision):
-        config = AutoConfig.from_pretrained(hub.model_path(name), revision=revision)
+def model_config(name: str, revision: str | None, max_length: int, weights: bool):
+    """The model's configuration, read before its weights; exit code 2 where MAX_LENGTH exceeds its positions.
+
+    weights: whether a local folder must hold all weights, too.
+    """
+    config = models.configuration(name, revision)
+    models.check(name, config, weights)
     positions = chat.positions(config)
     if max_length > positions:
         fail(f"MAX_LENGTH is {max_length}, but {name} has only {positions} positions: --max_length {positions}")

@@ -7,12 +7,11 @@ from pathlib import Path
 import jinja2
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from configs import chat, handover, hub
+from configs import chat, handover, hub, models
 from configs.settings import say
 from configs.text import cell, visible
 from configs.training.runlog import RunLog
@@ -68,11 +67,9 @@ def merge_adapter(trainer: ExactTrainer, settings, rows: Dataset, log: RunLog) -
     rows = rows.select(range(min(32, len(rows))))
     before = nll_per_token(trainer.model, rows)
     output = Path(settings.OUTPUT_DIR)
-    with hub.hub_errors("model", settings.MODEL_NAME, "MODEL_NAME", settings.MODEL_REVISION):
-        base = AutoModelForCausalLM.from_pretrained(
-            hub.model_path(settings.MODEL_NAME), revision=settings.MODEL_REVISION, dtype="auto"
-        )
-    merged = PeftModel.from_pretrained(base, output / "final_lora_adapter").merge_and_unload()
+    base = models.load(AutoModelForCausalLM, settings.MODEL_NAME, settings.MODEL_REVISION, dtype="auto")
+    adapter = output / "final_lora_adapter"
+    merged = models.load_adapter(base, str(adapter), "train again").merge_and_unload()
     merged.generation_config = trainer.model.generation_config
     with handover.replacing(output) as new:
         merged.save_pretrained(new / "merged_model")

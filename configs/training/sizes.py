@@ -10,7 +10,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from configs import device
+from configs import device, hub
 from configs.settings import fail
 
 
@@ -47,7 +47,7 @@ class Sizes:
         # fp16's attention is computed in fp32 and keeps more; flash attention cannot run without storage
         self.fp32_attention = device.attention(dtype) == "sdpa_fp32"
         with init_empty_weights(include_buffers=True):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=hub.TRUST_REMOTE_CODE)
             model.tie_weights()
             head = model.get_output_embeddings()
             layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
@@ -84,7 +84,7 @@ class Sizes:
             return tensor
 
         with init_empty_weights(include_buffers=True):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=hub.TRUST_REMOTE_CODE)
             if adapter is not None:
                 model = adapt(model, adapter).get_base_model()
         model = model.base_model.train()
