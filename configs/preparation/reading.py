@@ -91,7 +91,9 @@ def load_from_hub(name: str, config: str | None, split: str, revision: str | Non
     about = f"(DATASET_SPLIT {split!r}, DATASET_CONFIG {config!r})"
     with hub.hub_errors("data set", name, "DATASET_NAME", revision) as check_files:
         try:
-            return datasets.load_dataset(name, config, split=split, revision=revision)
+            return datasets.load_dataset(
+                name, config, split=split, revision=revision, trust_remote_code=hub.TRUST_REMOTE_CODE
+            )
         except (FileNotFoundError, yaml.YAMLError) as error:
             check_files()
             if hub.local_path(name) is None:
@@ -126,7 +128,9 @@ def load_from_hub(name: str, config: str | None, split: str, revision: str | Non
                 f"one, e.g. --dataset_config {known[-1] if known else 'default'}"
             )
         say(f"note: {name} is a loading script, which is not run; reading its {branch} instead")
-        return datasets.load_dataset(name, data_dir=config, split=split, revision=branch)
+        return datasets.load_dataset(
+            name, data_dir=config, split=split, revision=branch, trust_remote_code=hub.TRUST_REMOTE_CODE
+        )
 
 
 class Label(str):
@@ -311,7 +315,7 @@ def general_text(name: str | None) -> list[str]:
                 config = config or configs[0]
                 splits = get_dataset_split_names(repo, config)
                 split = next((s for s in ("test", "validation", "train") if s in splits), splits[0])
-                rows = load_dataset(repo, config, split=split, streaming=True)
+                rows = load_dataset(repo, config, split=split, streaming=True, trust_remote_code=hub.TRUST_REMOTE_CODE)
             except ValueError as error:
                 check_files()
                 fail(f"GENERAL_TEXT {name!r} cannot be read ({str(error).splitlines()[0]}); {mend}")
