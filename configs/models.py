@@ -7,6 +7,7 @@ an error, where the library would take a random one. `mend`: what a user can do 
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,8 @@ POINTER = b"version https://git-lfs.github.com/spec/"  # what stands in a file t
 READ = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of a model's folder, nothing else is read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")  # reading one can run code
 OTHERS = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "openvino/*")  # the same weights for other libraries
+# Or the library asks a service of the Hub for safetensors where a repository has none, and takes what that has made.
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 # What must be a positive number; a list (one number a layer) is left to the library.
 COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 COUNTS += ("head_dim", "vocab_size")

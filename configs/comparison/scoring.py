@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from peft import PeftModel
 
-from configs import chat, device, state
+from configs import chat, device, models, state
 from configs.evaluation.candidates import Candidate, HeldOut, load_tokenizers
-from configs.evaluation.scoring import better_form, load_model, loading, pieces, score
+from configs.evaluation.scoring import better_form, load_model, pieces, score
 
 SCORES = "scores.npz"
 
@@ -67,8 +66,7 @@ def score_all(
             model, loaded = load_model([bare], dtype, given.model_revision), candidate.weights
         acting = model
         if candidate.adapter:
-            with loading(candidate.adapter, candidate.remedy):
-                acting = PeftModel.from_pretrained(model, candidate.adapter).eval()
+            acting = models.load_adapter(model, candidate.adapter, candidate.remedy).eval()
         scores = score_one(candidate, acting, held_out, general)
         if candidate.adapter:
             model = acting.unload()

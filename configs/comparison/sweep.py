@@ -129,11 +129,10 @@ def model_width(name: str) -> int:
     if place is not None:
         config = handover.read_json(place / "config.json", "a folder with a model")
     else:
-        from transformers import AutoConfig
-
         hub.go_online(name)
-        with hub.hub_errors("model", name, "MODEL_NAME"):
-            config = AutoConfig.from_pretrained(name).get_text_config().to_dict()
+        from configs import models  # heavy, and the libraries read what go_online has found
+
+        config = models.configuration(name, None).get_text_config().to_dict()
     config = config.get("text_config") or config
     for key in ("hidden_size", "n_embd", "d_model"):
         if isinstance(config.get(key), int) and config[key] > 0:
