@@ -220,7 +220,8 @@ def fairness(
         planned = own["MAX_STEPS"] or max(round(steps / max(epochs, 1e-9) * own["NUM_EPOCHS"]), 1)
         if steps <= math.ceil(planned * own["WARMUP_RATIO"]):
             notes.append(("warm_up", {"name": name, "steps": steps}))
-        losses = [r["eval_loss"] for r in log["history"] if isinstance(r, dict) and isinstance(r.get("eval_loss"), float)]
+        records = [r for r in log["history"] if isinstance(r, dict)]
+        losses = [r["eval_loss"] for r in records if isinstance(r.get("eval_loss"), float)]
         if len(losses) > 2 and losses[-1] < 0.99 * losses[-2]:
             notes.append(("still_falling", {"name": name, "fell": 1 - losses[-1] / losses[-2]}))
     if len(logs) < 2:

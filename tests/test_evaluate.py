@@ -501,9 +501,7 @@ def test_the_pairs_of_a_metric_are_a_family_and_those_of_the_4_bits_another(scri
                 alone.append({"a": a, "b": b, "metric": metric} | outcome)
             adjusted = statistics.shaffer([c["p_value"] for c in alone])
             assert adjusted != [c["p_value"] for c in alone], "the example shows no correction"
-            expected += [
-                c | {"raw_p": c["p_value"], "p_value": p} for c, p in zip(alone, adjusted, strict=True)
-            ]
+            expected += [c | {"raw_p": c["p_value"], "p_value": p} for c, p in zip(alone, adjusted, strict=True)]
     assert script.compare_all(settings, models) == expected
     # without the full model one pair is left, and nothing to correct or to allow for
     del models["full"]
@@ -1205,7 +1203,7 @@ def test_other_data_give_warnings_and_no_verdict(call, tiny):
     results = json.loads((call.folder / "outputs/evaluation_results.json").read_text("utf-8"))
     assert code == 0 and results["verdict"].startswith("No verdict") and plain(results["verdict"]) in out
     for name, command in (("lora", "2_lora_finetuning.py"), ("full", "3_full_finetuning.py")):
-        (said,) = [plain(w) for w in results["warnings"] if f"{name} saw " in w and "test questions in its training" in w]
+        (said,) = [plain(w) for w in results["warnings"] if f"{name} saw " in w and "of the test questions" in w]
         assert command in said and f"warning: {said}" in out
     report = (call.folder / "outputs/evaluation_report.md").read_text("utf-8")
     assert results["verdict"] in report and "is better than" not in report

@@ -11,7 +11,8 @@ ROOMS = {
     for path in (*(ROOT / "configs").rglob("*.py"), *(ROOT / name for name in (*SCRIPTS, "run_all.py")))
     if path.parent.name != "demo"
 }
-LIGHT = {f"configs.{name}" for name in ("settings", "flags", "values", "secrets", "text", "hub", "network")}  # no torch
+# imported before anything heavy
+LIGHT = {f"configs.{name}" for name in ("settings", "flags", "values", "secrets", "text", "hub", "network")}
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "numpy", "pyarrow", "evaluate"}
 
 

@@ -100,8 +100,13 @@ def wise(body: dict, _: int = 0) -> str:
     return f"I think so.\n[[{'A' if a > b else 'B' if b > a else 'C'}]]"
 
 
+# Each with a letter of its own: questions that differ in their figures alone would be one observation.
 PROMPTS = [
-    {"id": f"{n}", "prompt": [{"role": "user", "content": f"What is {n} ?"}], "reference": f"It is {n} , {n} ."}
+    {
+        "id": f"{n}",
+        "prompt": [{"role": "user", "content": f"What is {n} and {'abcdefghijklmnopqrstuvwx'[n]} ?"}],
+        "reference": f"It is {n} , {n} .",
+    }
     for n in range(24)
 ]
 
