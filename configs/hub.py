@@ -224,6 +224,8 @@ def explain(error: Exception, kind: str, name: str, flag: str, revision: str | N
             f"{what} could not be fetched: the token, or its lack, does not allow it (HTTP 403); see {page}, then run "
             "`hf auth login` with a token that may read it"
         )
+    if "JSONDecodeError" in types and is_hub_name(name):
+        fail(f"{what} cannot be read: what came is no JSON ({error}); see {page}, and whether {endpoint()} is a Hub")
     if missing := re.search("does not appear to have (a file named|files named) .+?(?=[.] Checkout|$)", text):
         fail(f"{what} cannot be used: it {missing[0]}; see {page}")
     if types & {"ConnectionError", "HTTPError", "LocalEntryNotFoundError"} or "Consistency check failed" in text:

@@ -242,6 +242,10 @@ def _before(request: httpx.Request) -> None:
 
 
 def _after(response: httpx.Response) -> None:
+    kind = response.headers.get("content-type", "")
+    if response.status_code == 200 and "/api/" in response.url.path and "html" in kind:
+        # of a network that wants a login first, or of a mirror that is no Hub; the library would raise a ValueError
+        raise httpx.DecodingError(f"a web page from {_address(response.request)}, which is no Hub's answer")
     if _waits:
         response.stream = _Body(response, _waits[-1])
 

@@ -58,8 +58,9 @@ class Fault:
     kind: "refuse" (the connection is reset), "stall" (no answer), "stall body" (headers only), "drip" and
     "drip headers" (a byte every tenth of a second), "cut" (half of the body), "short" and "long" (a body of another
     size, with a Content-Length that fits), "flip" (a body of the right size with one other bit), "loop" (a redirect to
-    itself), "elsewhere" (a redirect to `to`, an address without a path), "echo" (a 500 that repeats all it was sent),
-    or "status" with `status` and `headers`.
+    itself), "elsewhere" (a redirect to `to`, an address without a path), "page" (a web page of somebody else),
+    "nonsense" (half of a JSON text), "echo" (a 500 that repeats all it was sent), or "status" with `status` and
+    `headers`.
     """
 
     kind: str
@@ -147,6 +148,10 @@ class _Handler(BaseHTTPRequestHandler):
         """The answer with what the fault changes in its status, body and headers."""
         if fault.kind == "status":
             return fault.status, json.dumps({"error": "a fault"}).encode(), fault.headers
+        if fault.kind == "nonsense":
+            return 200, b'{"half": ', {"Content-Type": "application/json"}
+        if fault.kind == "page":
+            return 200, b"<html>Please log in to this network.</html>", {"Content-Type": "text/html"}
         if fault.kind == "echo":
             sent = "".join(f"{key}: {value} " for key, value in self.headers.items())
             return 500, json.dumps({"error": sent}).encode(), {"X-Error-Message": sent}
