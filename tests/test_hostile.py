@@ -371,7 +371,8 @@ def results_of(**changes: object) -> dict:
     return {
         "models": {"base": model, "lora": model},
         "comparisons": [], "metrics": {}, "judge": None, "unsound": [], "warnings": [], "verdict": "None.",
-        "settings": {"MODEL_NAME": "tiny"}, "data": {"source": "rows", "test_rows": 3, "test_prompts": 3},
+        "settings": {"MODEL_NAME": "tiny"},
+        "data": {"source": "rows", "test_rows": 3, "test_groups": 3, "test_prompts": 3},
         "environment": {"device": "cpu", "packages": packages},
     } | changes  # fmt: skip
 
@@ -384,7 +385,7 @@ def hostile_results() -> tuple[dict, list[dict]]:
         verdict=f"No verdict: {everything}",
         warnings=TEXTS,
         settings={"MODEL_NAME": everything, **dict.fromkeys(TEXTS, everything)},
-        data={"source": everything, "test_rows": 3, "test_prompts": 3},
+        data={"source": everything, "test_rows": 3, "test_groups": 3, "test_prompts": 3},
         environment={"device": everything, "packages": packages},
     )
     return results, [dict.fromkeys(("prompt", "reference", "base", "lora"), text) for text in TEXTS]
@@ -422,7 +423,9 @@ def test_the_page_has_a_policy_that_loads_nothing(tmp_path):
     assert ("meta", {"name": "referrer", "content": "no-referrer"}) in tags
 
 
-def test_hostile_texts_are_no_part_of_the_page(tmp_path):
+def test_hostile_texts_are_no_part_of_the_page(tmp_path, monkeypatch):
+    commands = iter([" ".join(TEXTS), "run_all.py --sweep"])
+    monkeypatch.setattr("configs.evaluation.report.command", lambda *_: next(commands))
     results, examples = hostile_results()
     text, page = report_of(tmp_path / "hostile", results, examples)
     words = dict.fromkeys(("prompt", "reference", "base", "lora"), "word")
@@ -898,7 +901,7 @@ EXTREMES = {
         --warmup_ratio 0.999999
         --max_eval_samples 1 --packing true""",
     SCRIPTS[3]: f"""
-        --resamples 1000000
+        --resamples 1000001
         --max_new_tokens {HUGE} --max_eval_samples 2
         --generation_batch {HUGE} --max_new_tokens 1
         --batch_tokens {HUGE} --max_new_tokens 1
