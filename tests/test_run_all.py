@@ -68,17 +68,9 @@ def folder(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "run_all.py", tmp_path)
     (tmp_path / "configs" / "demo").mkdir(parents=True)
     (tmp_path / "configs" / "presets").mkdir()
-    for name in (
-        "__init__.py",
-        "settings.py",
-        "flags.py",
-        "values.py",
-        "hub.py",
-        "handover.py",
-        "state.py",
-        "presets/demo.yaml",
-    ):
-        shutil.copy(ROOT / "configs" / name, tmp_path / "configs" / name)
+    for path in (ROOT / "configs").glob("*.py"):
+        shutil.copy(path, tmp_path / "configs" / path.name)
+    shutil.copy(ROOT / "configs" / "presets" / "demo.yaml", tmp_path / "configs" / "presets" / "demo.yaml")
     (tmp_path / "configs" / "presets" / "small.yaml").write_text(SMALL)
     (tmp_path / "configs" / "demo" / "base_model.py").write_text(BASE_MODEL)
     for name in SCRIPTS:

@@ -173,7 +173,7 @@ def test_a_finished_run_is_skipped_with_one_line(done, capsys):
     said = capsys.readouterr().out.strip().splitlines()
     assert end.value.code == 0 and len(said) == 1
     assert "already done" in said[0] and "16 of 40 steps" in said[0] and "eval_loss 2.2500" in said[0]
-    assert said[0].endswith("3_full_finetuning.py --rerun")
+    assert "3_full_finetuning.py" in said[0] and "--rerun" in said[0]
     assert everything(done) == before
 
 

@@ -247,7 +247,8 @@ def run(trainer: ExactTrainer, log: RunLog) -> None:
     checkpoint = log.start.checkpoint
     if trainer.is_world_process_zero():  # step 4 looks whether a test row is among them
         seen = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
-        rows = {part: {key: list(known[key]) for key in ("id", "question")} for part, known in seen.items()}
+        keys = [key for key in ("id", "question") if key in trainer.train_dataset.column_names]
+        rows = {part: {key: list(known[key]) for key in keys} for part, known in seen.items()}
         handover.write_json(Path(trainer.args.output_dir) / handover.TRAINED_ROWS, rows)
     trainer.run = {key: log.head[key] for key in ("identity", "settings", "plan")}
     if checkpoint:  # its evaluation stands in the log already
