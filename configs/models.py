@@ -228,7 +228,7 @@ def load(
         model, found = _from_pretrained(kind, name, revision, config, **how)
     refuse_gaps(found, what, mend)
     if unused := sorted(found["unexpected_keys"]):
-        say(f"note: {what} holds {len(unused)} weights that are not used ({enumerated(unused)})")
+        say(f"note: {what} has weights that the model does not use, {len(unused)} of them ({enumerated(unused)})")
     check_generation(model, what)
     return model
 

@@ -198,15 +198,13 @@ def test_a_training_refuses_it_before_its_memory_plan(tiny, tmp_path, capsys, mo
     assert not list(tmp_path.rglob("ran"))
 
 
-@pytest.mark.parametrize("what", MODELS)
+@pytest.mark.parametrize("what", [what for what in MODELS if what != "a model that fills in words"])
 def test_an_evaluation_refuses_it(tiny, tmp_path, capsys, monkeypatch, what):
     change, words = MODELS[what]
     if what in ("an encoder and a decoder", "a pickle by name"):
         words = []  # the training has refused it; here it must only be a sentence
     monkeypatch.chdir(tmp_path)
     folder = changed(tiny, tmp_path, change)
-    if what == "a model that fills in words":
-        pytest.skip("such a base was never trained here")
     sentence(capsys, words, load_model, [Candidate("base", "base", str(folder))], torch.float32, None)
     assert not list(tmp_path.rglob("ran"))
 
@@ -249,7 +247,9 @@ def test_weights_that_are_not_used_are_named(tiny, tmp_path, capsys):
     model_config(str(folder), None, 64, weights=True)
     models.load(AutoModelForCausalLM, str(folder), None)
     said = capsys.readouterr()
-    assert "holds 1 weights that are not used (extra.weight)" in said.out and "LOAD REPORT" not in said.err
+    assert (
+        "weights that the model does not use, 1 of them (extra.weight)" in said.out and "LOAD REPORT" not in said.err
+    )
 
 
 def test_a_plan_needs_no_weights_but_a_configuration(tiny, tmp_path, capsys):
@@ -292,7 +292,7 @@ def test_generation_settings_that_contradict_themselves_do_not_cost_a_training(t
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 def test_a_kernel_that_a_configuration_names_is_not_loaded(tiny, tmp_path, monkeypatch, key):
-    """The library would import the package `kernels` and run what it fetches, also from inside a nested config."""
+    """The library would import the package `kernels` and run what it fetches."""
     from transformers.integrations import hub_kernels
 
     def fetched(*args, **kwargs):
@@ -307,6 +307,19 @@ def test_a_kernel_that_a_configuration_names_is_not_loaded(tiny, tmp_path, monke
         load_model([Candidate("base", "base", str(folder))], torch.float32, None),
     ):
         assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_kernel_inside_a_nested_configuration_is_not_taken_either(tmp_path):
+    from transformers import Gemma3Config
+
+    Gemma3Config().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        content[part] = (content.get(part) or {}) | {"_attn_implementation": "kernels-community/flash-attn2"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    given = models.configuration(str(tmp_path), None)
+    assert given.get_text_config()._attn_implementation is None
+    assert given.vision_config._attn_implementation is None
 
 
 # --- tokenizers
