@@ -84,19 +84,19 @@ def status(number: int, where: str = "resolve", times: int = 10**9, **headers: s
 # name -> (what goes wrong, what is said). The pages and the near names have tests of their own.
 QUICK = {
     "other bytes": (Fault("flip", "GET .*config.json"), "config.json has other bytes than"),
-    "too short": (Fault("short", "GET .*config.json"), "Consistency check failed"),
     "too long": (Fault("long", "GET .*config.json"), "Consistency check failed"),
     "reset": (Fault("refuse", "GET .*config.json"), "ConnectionResetError"),
     "a loop": (Fault("loop", "resolve"), "TooManyRedirects"),
+    "a token that may not": (status(403), "does not allow it (HTTP 403)"),
+    "a day's pause": (status(429, Retry_After="86400"), "asks to wait 86400 s (HTTP 429)"),
+}
+SLOW = {
+    "too short": (Fault("short", "GET .*config.json"), "Consistency check failed"),
     "a page of another network": (Fault("page", "resolve"), "does not seem to be served by a Hugging Face Hub"),
     "a token that is refused": (
         status(401, X_Error_Message="Invalid credentials in Authorization header"),
         "does not accept the token (HTTP 401); run `hf auth login`",
     ),
-    "a token that may not": (status(403), "does not allow it (HTTP 403)"),
-    "a day's pause": (status(429, Retry_After="86400"), "asks to wait 86400 s (HTTP 429)"),
-}
-PATIENT = {
     "no answer": (Fault("stall", "resolve"), "ReadTimeout"),
     "headers only": (Fault("stall body", "GET .*config.json"), "ReadTimeout"),
     "a body that drips": (Fault("drip", "GET .*config.json"), "nothing useful from"),
@@ -125,9 +125,9 @@ def test_a_fault_ends_in_one_sentence_and_leaves_a_sound_cache(hub, tiny, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PATIENT)
+@pytest.mark.parametrize("name", SLOW)
 def test_no_fault_is_waited_for_without_end(hub, tiny, tmp_path, name):
-    fault, said = PATIENT[name]
+    fault, said = SLOW[name]
     start = time.monotonic()
     breaks_and_mends(hub, tmp_path, tiny, fault, said)
     assert time.monotonic() - start < BOUND_S
@@ -142,9 +142,9 @@ def test_a_wait_is_said_on_the_screen(hub, tiny, tmp_path):
 
 
 def test_a_short_pause_is_waited_for(hub, tiny, tmp_path):
-    hub.faults = [status(429, "GET .*config.json", times=2, Retry_After="1")]
+    hub.faults = [status(429, "GET .*config.json", times=1, Retry_After="1")]
     assert "config.json" in ok(fetch(hub, tmp_path, "config.json"))
-    assert len([request for request in hub.requests if re.match("GET .*config.json", request)]) == 3
+    assert len([request for request in hub.requests if re.match("GET .*config.json", request)]) == 2
 
 
 def test_a_gated_model_names_the_page_and_the_command(hub, tiny, tmp_path):
@@ -416,7 +416,7 @@ def bouts(n: int) -> list[tuple[str, str, str, str]]:
     return [(str(k), f"What is {k} ?", f"It is {k} .", "No.") for k in range(n)]
 
 
-@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("drip" not in name)) for name in RAW])
 def test_a_judge_that_never_answers_is_left_and_it_is_said(impatient, tmp_path, capsys, name):
     start = time.monotonic()
     with Raw(RAW[name], 0.05) as server:
@@ -484,14 +484,22 @@ def test_a_redirect_of_the_judge_takes_no_key_along(impatient, tmp_path, monkeyp
         assert [headers.get("authorization") for _, headers, _ in other.requests] == [None]
 
 
-@pytest.mark.parametrize("address", ["http://me:secret@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?api_key=sk-secret"])
-def test_a_key_in_the_judges_address_is_refused_and_not_repeated(address, tmp_path):
+ADDRESSES = ["http://me:secret@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?api_key=sk-secret"]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_key_in_the_judges_address_is_refused(address):
     (line,) = judge_problems(f"openai:{address}#m")
     assert "OPENAI_API_KEY" in line and "secret" not in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_key_in_the_judges_address_is_not_repeated(address, tmp_path):
     (tmp_path / "config.json").touch()
     result = run(SCRIPTS[3], "--judge", f"openai:{address}#m", "--model_name", tmp_path, cwd=tmp_path)
     refused(result, "JUDGE holds a password or a key")
-    assert "secret" not in result.stdout + result.stderr
+    assert "JUDGE = 'openai:http://" in result.stdout and "secret" not in result.stdout + result.stderr
 
 
 # (answer A, answer B) of which one wants to be the verdict, or to end early
