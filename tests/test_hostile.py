@@ -7,6 +7,7 @@ sentence with exit code 2.
 import ast
 import contextlib
 import functools
+import html
 import json
 import os
 import re
@@ -976,7 +977,7 @@ def test_hostile_rows_on_their_way_to_the_report(hostile_run):
     tags = elements(page)
     assert {tag for tag, _ in tags}.isdisjoint({"script", "iframe", "a", "svg", "object"})
     assert all(given["src"].startswith("data:image/png;base64,") for tag, given in tags if tag == "img")
-    assert page.count("alert(1)") > 2  # they are there, as text
+    assert html.unescape(page).count(r"\x1b[31m") >= 10  # the texts are there, as text
     for card in folder.glob("outputs/*/final_*/README.md"):
         text = card.read_text("utf-8")
         assert not steering(text) and "Not measured yet" not in text
@@ -992,5 +993,5 @@ def test_sample_answers_of_a_training_on_hostile_rows(hostile_run):
     events = EventAccumulator(str(next(folder.glob("outputs/lora_model/runs"))), size_guidance={"tensors": 0}).Reload()
     tag = next(name for name in events.Tags()["tensors"] if name.startswith("sample answers"))
     for event in events.Tensors(tag):
-        html = markdown_to_safe_html(event.tensor_proto.string_val[0].decode())
-        assert {tag for tag, _ in elements(html)} == {"p", "strong", "pre", "code", "hr"}
+        shown = markdown_to_safe_html(event.tensor_proto.string_val[0].decode())
+        assert {tag for tag, _ in elements(shown)} == {"p", "strong", "pre", "code", "hr"}
