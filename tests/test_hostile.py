@@ -903,7 +903,7 @@ EXTREMES = {
         --max_eval_samples 1 --packing true""",
     SCRIPTS[3]: f"""
         --resamples 1000001
-        --max_new_tokens {HUGE} --max_eval_samples 2
+        --prompt Q --max_new_tokens {HUGE}
         --generation_batch {HUGE} --max_new_tokens 1
         --batch_tokens {HUGE} --max_new_tokens 1
         --temperature 1e-300 --max_new_tokens 2
