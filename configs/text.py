@@ -10,7 +10,7 @@ from pathlib import Path
 # which cannot be written at all: control characters other than line break and tab, marks of direction, surrogates.
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # What Markdown or HTML may take for more than a letter: _ not within a word, and - only where a text begins.
-MARKUP = re.compile(r"[\\`*{}\[\]<>()#+!|~$\"]|(?<!\w)_|_(?!\w)|\A-")
+MARKUP = re.compile(r"[\\`*{}\[\]<>()#+!|~$\"]|(?<![^\W_])_|_(?![^\W_])|\A-")
 YAML_BYTES = 1_000_000  # a larger file is given by mistake, and would take minutes to read
 YAML_VALUES = 10_000  # most values of a YAML text, its aliases written out
 

@@ -46,6 +46,7 @@ TEXTS = [
     '=HYPERLINK("http://evil.example") +1 -1 @SUM(1) | a | b |\n|---|---|',
     "`code` ~~~~ ~~~\n````\n> quote\n1. one\n---\n===\n&lt;b&gt; &#60;i&#62; \\",
     "<!-- test scores --> <!-- end of test scores --> --> </td></table></code></pre>",
+    "_a_ __b__ a__b _c__d_ *e* ~~f~~ ==g== -- - --- a--b",
     "\u0002amp\u0003 \ufeff\u200b\ufffe\U000e0041 😀 👩‍👩‍👧 中文 مرحبا שלום é",
 ]
 
