@@ -86,6 +86,13 @@ SHORT = (
 ).split()
 
 
+@pytest.fixture(autouse=True)
+def no_leftover_precision():
+    """TrainingArguments(bf16=True) leaves this variable, and later trainers of the same process would read it."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A folder with a tiny Phi model and its tokenizer, as phi-2 in everything but size."""
