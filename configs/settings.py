@@ -19,6 +19,7 @@ import select
 import shlex
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -112,6 +113,7 @@ def quiet_errors() -> None:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
         sys.excepthook = _end_quietly
+        threading.excepthook = _end_thread
         atexit.register(_end_without_reader)
 
 
@@ -131,6 +133,12 @@ def _end_quietly(kind: type, error: BaseException, trace: object) -> None:
         file = shlex.quote(_from_here(ROOT / "requirements.txt"))
         fail(f"the package {package!r} is not installed; install all of them with: pip install -r {file}")
     print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
+
+
+def _end_thread(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer is a thread: where the disk is full, the program says so itself."""
+    if not disk_full(args.exc_value):
+        threading.__excepthook__(args)
 
 
 def disk_full(error: BaseException | None) -> bool:

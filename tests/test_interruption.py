@@ -193,11 +193,9 @@ def test_two_processes_killed_twice_end_with_the_same_bits(fresh):
     same_weights(work / FOLDER[LORA] / FINAL[LORA], whole / FOLDER[LORA] / FINAL[LORA])
 
 
-@pytest.mark.parametrize(
-    ("signals", "code"), [([signal.SIGHUP], 129), ([signal.SIGTERM, signal.SIGTERM], 143), ([signal.SIGINT] * 2, -2)]
-)
+@pytest.mark.parametrize(("signals", "code"), [([signal.SIGHUP], 129), ([signal.SIGTERM, signal.SIGTERM], 143)])
 def test_a_closed_terminal_and_a_signal_that_comes_twice(fresh, signals, code):
-    """SIGTERM reaches a step from a service manager and from run_all.py; Ctrl-C twice is meant."""
+    """SIGTERM reaches a step from a service manager and from run_all.py."""
     work = fresh()
     process = subprocess.Popen(
         [sys.executable, str(ROOT / LORA), *LONG], cwd=work, stdin=subprocess.DEVNULL,

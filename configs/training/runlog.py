@@ -272,14 +272,17 @@ def run(trainer: ExactTrainer, log: RunLog) -> None:
     except torch.OutOfMemoryError as error:
         log.write(trainer.state, "failed")
         fail(f"{str(error).split('. ')[0]}: {out_of_memory(trainer, log.head['settings'])}")
-    except DiskFull as error:
+    except Exception as error:
+        if not isinstance(error, DiskFull) and not disk_full(error):
+            raise
+        lost = f"{error} could not be saved, and " if isinstance(error, DiskFull) else ""
         kept = checkpoints.found(trainer.args.output_dir)
         last = f"it goes on from {kept[0].path}" if kept else "no checkpoint was saved, so it begins anew"
         with contextlib.suppress(OSError):  # the log, too, needs room
             log.write(trainer.state, "interrupted")
         fail(
-            f"no space is left on the disk of {trainer.args.output_dir}: {error} could not be saved, and the training "
-            f"ends here. Make room, then give the same command: {last}"
+            f"no space is left on the disk of {trainer.args.output_dir}: {lost}the training ends here. Make room, "
+            f"then give the same command: {last}"
         )
     # no step is left to finish: a signal now ends the program, and the next run goes on from the last checkpoint
     for number in log.signals():

@@ -427,7 +427,9 @@ def token_rows(
 
     # keep_in_memory: the ids depend on a template that the cache's fingerprint would not see
     texts = [name for name in rows.column_names if name != "id"]
-    encoded = rows.map(encode, remove_columns=texts, keep_in_memory=True, desc="tokenising")
+    # and without a fingerprint of ours, the library would try to pickle the function
+    name = f"{rows._fingerprint}-tokens"
+    encoded = rows.map(encode, remove_columns=texts, keep_in_memory=True, desc="tokenising", new_fingerprint=name)
     fitting = encoded.filter(lambda n: n <= max_length, input_columns="length", keep_in_memory=True)
     dropped = len(encoded) - len(fitting)
     if dropped:
