@@ -290,7 +290,7 @@ def test_final_folder_loads_anywhere(script, uninterrupted, full_run):
 def test_training_log_has_exactly_these_keys(script, trained, uninterrupted, full_run):
     for work in (trained, uninterrupted if script == LORA else full_run[0]):
         log = log_of(work, script)
-        head = "method model_name settings environment parameters data plan notes".split()
+        head = "method model_name settings identity environment parameters data plan notes".split()
         assert list(log) == [*head, "history", "summary"]
         assert log["method"] == ("lora" if script == LORA else "full")
         assert set(log["parameters"]) == {"trainable", "total", "percent"}

@@ -13,6 +13,10 @@ from configs import handover
 MANIFEST = "manifest.json"
 
 
+class DiskFull(Exception):
+    """A checkpoint, which the message names, could not be saved."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose manifest was written: `run` holds its identity, settings, plan, steps and what was best."""

@@ -23,7 +23,7 @@ from configs.text import visible
 from configs.training import checkpoints
 from configs.training.memory import Plan
 from configs.training.resume import Start
-from configs.training.trainer import DiskFull, ExactTrainer
+from configs.training.trainer import ExactTrainer
 
 # --- while it runs
 
@@ -273,9 +273,9 @@ def run(trainer: ExactTrainer, log: RunLog) -> None:
         log.write(trainer.state, "failed")
         fail(f"{str(error).split('. ')[0]}: {out_of_memory(trainer, log.head['settings'])}")
     except Exception as error:
-        if not isinstance(error, DiskFull) and not disk_full(error):
+        if not isinstance(error, checkpoints.DiskFull) and not disk_full(error):
             raise
-        lost = f"{error} could not be saved, and " if isinstance(error, DiskFull) else ""
+        lost = f"{error} could not be saved, and " if isinstance(error, checkpoints.DiskFull) else ""
         kept = checkpoints.found(trainer.args.output_dir)
         last = f"it goes on from {kept[0].path}" if kept else "no checkpoint was saved, so it begins anew"
         with contextlib.suppress(OSError):  # the log, too, needs room

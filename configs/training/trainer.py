@@ -26,6 +26,7 @@ from configs import chat, device, handover, hub
 from configs.device import GB
 from configs.settings import disk_full, fail, say
 from configs.training import checkpoints
+from configs.training.checkpoints import DiskFull
 
 # --- the rows of a step, and its passes
 
@@ -108,10 +109,6 @@ def token_exact(prediction: EvalPrediction) -> dict[str, float]:
     """
     nll, tokens = prediction.predictions.astype(np.float64), prediction.label_ids
     return {"eval_loss": float(nll.sum() / max(tokens.sum(), 1)), "eval_tokens": int(tokens.sum())}
-
-
-class DiskFull(Exception):
-    """A checkpoint, which the message names, could not be saved."""
 
 
 class ExactTrainer(SFTTrainer):
