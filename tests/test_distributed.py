@@ -405,7 +405,7 @@ def said(output: str) -> list[str]:
 def test_two_machines_lose_one_and_go_on(two_machines, work, calm):
     flags = [*LONG, "--output_dir", "lost"]
     first, second = two_machines(flags, flags)
-    wait_for((work / "lost" / "checkpoint-10" / "trainer_state.json").exists, first.process)
+    wait_for((work / "lost" / "checkpoint-10" / "manifest.json").exists, first.process)
     second.kill()
     began = time.monotonic()
     code, output = first.end()
