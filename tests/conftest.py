@@ -126,6 +126,21 @@ def prepared(tmp_path_factory, tiny) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory, prepared, tiny):
+    """Makes working folders with data/ and the tiny model in model/."""
+
+    import shutil
+
+    def make() -> Path:
+        work = tmp_path_factory.mktemp("work") / "here"
+        shutil.copytree(prepared, work)
+        shutil.copytree(tiny, work / "model")
+        return work
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, tiny, prepared) -> Path:
     """A copy of `prepared` in which steps 2 and 3 have made their models in four optimizer steps."""

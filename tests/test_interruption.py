@@ -70,19 +70,6 @@ MOMENTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory, prepared, tiny):
-    """Makes working folders with data/ and the tiny model in model/."""
-
-    def make() -> Path:
-        work = tmp_path_factory.mktemp("work") / "here"
-        shutil.copytree(prepared, work)
-        shutil.copytree(tiny, work / "model")
-        return work
-
-    return make
-
-
 def at(where: str, number: int, action: str, script: str, *flags: object, cwd: Path):
     """A run of a script with an arranged moment."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

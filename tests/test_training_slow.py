@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -44,19 +43,6 @@ def hashes(folder: Path) -> dict[str, str]:
         for path in folder.rglob("*")
         if path.is_file()
     }
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory, prepared, tiny):
-    """Makes working folders with data/ and the tiny model in model/."""
-
-    def make() -> Path:
-        work = tmp_path_factory.mktemp("work") / "here"
-        shutil.copytree(prepared, work)
-        shutil.copytree(tiny, work / "model")
-        return work
-
-    return make
 
 
 @pytest.fixture(scope="module")
