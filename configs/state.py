@@ -83,8 +83,8 @@ def validation_hash(data_dir: str | Path, manifest: dict) -> str:
 def differences(before: dict, now: dict) -> dict[str, tuple]:
     """{name: (value before, value now)} of what differs between two identities, by meaning."""
     differing = {}
-    for name in {**before, **now}:
-        old, new = before.get(name), now.get(name)
+    for name in (name for name in now if name in before):  # a setting that one version does not have is no difference
+        old, new = before[name], now[name]
         unknown = (name in AUTO and "auto" in (old, new)) or (name == "model_version" and None in (old, new))
         if old != new and not unknown:
             differing[name] = old, new

@@ -336,10 +336,41 @@ def test_a_checkpoint_whose_manifest_is_damaged_is_skipped(work, text):
 
 def test_a_checkpoint_is_not_used_without_its_best_one(work, capsys):
     """The best model is loaded at the end: without it, the run would end with another one, in silence."""
+    # (an older one whose own best is whole is taken instead)
     checkpoint(work, 32, best=16)
     (work / "out" / "checkpoint-16" / "model.safetensors").write_bytes(b"")
     assert step_of(begin(work)) == "checkpoint-8"
     assert "its best checkpoint so far, checkpoint-16: model.safetensors has 0 bytes" in capsys.readouterr().out
+
+
+def test_work_is_kept_where_only_the_best_checkpoint_is_lost(work, capsys):
+    checkpoint(work, 32, best=16)
+    for step in (8, 16):
+        (work / "out" / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
+    start = begin(work)
+    assert (step_of(start), start.best, start.lost_best) == ("checkpoint-32", None, True)
+    assert "checkpoint-16 was the best so far and is lost" in capsys.readouterr().out
+
+
+def test_a_setting_that_only_one_version_has_is_no_difference(work):
+    now = identity(work)
+    assert state.differences({**now, "GONE": 1}, {**now, "NEW": 2}) == {}
+
+
+def test_an_interrupted_rerun_goes_on_by_the_same_command(work):
+    assert step_of(begin(work, RERUN=True)) == "checkpoint-16"
+    assert begin(work, RERUN=True, SEED=7).aside
+
+
+def test_an_interrupted_run_of_an_older_version_is_left_alone(work, capsys):
+    for path in (work / "out").glob("checkpoint-*/manifest.json"):
+        path.unlink()
+    (work / "out" / "training_log.json").unlink()
+    before = everything(work)
+    with pytest.raises(SystemExit) as end:
+        begin(work)
+    assert end.value.code == 2 and "which run it is cannot be told" in capsys.readouterr().err
+    assert everything(work) == before
 
 
 def test_a_best_checkpoint_stays(work):

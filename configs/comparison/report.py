@@ -55,8 +55,6 @@ def advice_on(comparison: dict, results: dict, w: dict) -> str:
         return w["advice_better"].format(a=b, b=a, d=comparison["difference"], low=low, high=high)
     if standing in ("equivalent", "good enough", "worse within the margin"):
         return w[f"advice_{STANDINGS.get(standing, standing)}"].format(**values)
-    if -high < 0 and -low < np.log(1 + margin) and not shown:
-        pass  # below, as undecided
     return w["advice_undecided"].format(**values, needed=ways(comparison, results, w))
 
 

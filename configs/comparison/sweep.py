@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,7 +156,6 @@ class Sweep:
     arms: list[Arm]
     runs: dict[str, dict] = field(default_factory=dict)
     selection: dict[str, dict] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def save(self) -> None:

@@ -56,7 +56,7 @@ class Candidate:
         """What a user can do where it is damaged."""
         if self.method == "base":
             return "get it anew, or name another one"
-        return f"make it anew with: {command(TRAINED[self.method][0])}"
+        return f"make it anew with: {command(TRAINED[self.method][0], '--rerun')}"
 
 
 def find_candidates(settings) -> tuple[list[Candidate], list[Note]]:

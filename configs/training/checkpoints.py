@@ -74,8 +74,8 @@ def found(output_dir: str | Path) -> list[Checkpoint]:
     return sorted(checkpoints, key=lambda c: -c.step)
 
 
-def whole(checkpoints: list[Checkpoint]) -> Iterator[tuple[Checkpoint, str]]:
-    """Each checkpoint, newest first, with what is wrong with it or with the best one that it refers to."""
+def whole(checkpoints: list[Checkpoint]) -> Iterator[tuple[Checkpoint, str, str]]:
+    """Each checkpoint, newest first, with what is wrong with it and with the best one that it refers to."""
     faults = {checkpoint.path.name: None for checkpoint in checkpoints}
     by_name = {checkpoint.path.name: checkpoint for checkpoint in checkpoints}
 
@@ -87,11 +87,8 @@ def whole(checkpoints: list[Checkpoint]) -> Iterator[tuple[Checkpoint, str]]:
         return faults[name]
 
     for checkpoint in checkpoints:
-        best = checkpoint.run.get("best")
-        wrong = look(checkpoint.path.name)
-        if not wrong and best and best != checkpoint.path.name and (lacking := look(best)):
-            wrong = f"its best checkpoint so far, {best}: {lacking}"
-        yield checkpoint, wrong
+        best, wrong = checkpoint.run.get("best"), look(checkpoint.path.name)
+        yield checkpoint, wrong, look(best) if best and not wrong else ""
 
 
 def remove(paths: list[Path]) -> None:

@@ -29,7 +29,7 @@ class Start:
     """How a training begins. checkpoint: to go on from, or None; run: what its manifest says of it, or {}.
 
     identity: of the run that is to be made. aside: whether what lies there must be moved away first. best: name of
-    the best checkpoint so far, or None.
+    the best checkpoint so far, or None. lost_best: whether it was damaged, so that another one must become the best.
     """
 
     identity: dict
@@ -37,6 +37,7 @@ class Start:
     run: dict | None = None
     aside: bool = False
     best: str | None = None
+    lost_best: bool = False
 
     @property
     def plan(self) -> dict | None:
@@ -59,12 +60,15 @@ def _decide(settings, now: dict) -> Start:
     output, method, script = settings.OUTPUT_DIR, now["method"], SCRIPTS[now["method"]]
     log, sealed = state.training_log(output), checkpoints.found(output)
     done = state.finished(output, method, log)
-    lies_there = bool(sealed) or state.has_weights(Path(output) / state.final_folder(method))
-    if settings.RERUN or settings.RESUME is False:
-        return Start(now, aside=lies_there)
     before = log.get("identity") or (sealed[0].run["identity"] if sealed else None)
     if sealed and not done:  # the checkpoints are what can be gone on with, whatever the log says
         before = sealed[0].run["identity"]
+    older = [] if before else list(Path(output).glob("checkpoint-*/trainer_state.json"))  # of an older version
+    lies_there = bool(sealed or older) or state.has_weights(Path(output) / state.final_folder(method))
+    # a run that was begun with --rerun and interrupted goes on by the same command
+    unfinished = bool(sealed) and not done and not state.differences(before, now)
+    if settings.RESUME is False or (settings.RERUN and not unfinished):
+        return Start(now, aside=lies_there)
     if not lies_there:
         if settings.RESUME is True:
             fail(f"RESUME is true, but {output} holds no checkpoint to go on from; start afresh with: --resume auto")
@@ -79,11 +83,18 @@ def _decide(settings, now: dict) -> Start:
         if merged and settings.RESUME is not True:
             say(f"already done: {output}: {_told(log, sealed)}; to train it again: {command(script, '--rerun')}")
             raise SystemExit(0)
-    for checkpoint, wrong in checkpoints.whole(sealed):
-        if not wrong:
+    alone = None  # the newest that is whole but for its best one
+    for checkpoint, wrong, of_best in checkpoints.whole(sealed):
+        if not wrong and not of_best:
             _say_changes(checkpoint, settings)
             return Start(now, str(checkpoint.path), checkpoint.run, best=checkpoint.run.get("best"))
-        say(f"note: {checkpoint.path} is damaged ({wrong}) and is not used")
+        alone = alone or (None if wrong else checkpoint)
+        why = wrong or f"its best checkpoint so far, {checkpoint.run['best']}: {of_best}"
+        say(f"note: {checkpoint.path} is damaged ({why}) and is not used where another one is whole")
+    if alone:
+        say(f"note: {alone.run['best']} was the best so far and is lost: the best one from here on will count")
+        _say_changes(alone, settings)
+        return Start(now, str(alone.path), alone.run, lost_best=True)
     if done:
         fail(
             f"{output} is finished, but no checkpoint is left to go on from; keep it and train in another folder: "

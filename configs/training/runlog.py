@@ -79,6 +79,8 @@ class RunLog(TrainerCallback, ExportableState):
             # as it was written, the path may be that of another folder
             best = self.start.best and os.path.join(args.output_dir, self.start.best)
             state.best_model_checkpoint = best
+            if self.start.lost_best:
+                state.best_metric = state.best_global_step = None
             saved = state.stateful_callbacks.get("RunLog", {})
             saved = saved[-1] if isinstance(saved, list) else saved
             kept = saved["attributes"]
@@ -290,7 +292,11 @@ def run(trainer: ExactTrainer, log: RunLog) -> None:
     if log.signal is not None:
         log.write(trainer.state, "interrupted")
         saved = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
-        say(f"interrupted at step {trainer.state.global_step}; saved {saved}; the same command goes on from there")
+        # with --resume false, the same command would begin anew
+        anew = log.head["settings"]["RESUME"] is False
+        script = handover.LORA if log.head["method"] == "lora" else handover.FULL
+        how = f"go on with: {command(script, '--resume', 'auto')}" if anew else "the same command goes on from there"
+        say(f"interrupted at step {trainer.state.global_step}; saved {saved}; {how}")
         sys.stdout.flush()
         # a plain exit would wait for the other processes; they leave the same way
         os._exit(128 + log.signal)
