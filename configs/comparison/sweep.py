@@ -106,7 +106,7 @@ def read_question(name: str, root: Path = ROOT) -> tuple[dict, list[Arm]]:
 
 
 def grid(method: str, width: int, count: int = RATES) -> list[float]:
-    """`count` learning rates around a method's centre, half decades apart, lowest first. width: of the model."""
+    """`count` learning rates, half decades apart, around the one nearest to a method's centre; width: of the model."""
     centre = CENTRE * WIDTH / width * (LORA_TIMES if method == "lora" else 1)
     middle = round(2 * math.log10(centre))
     return [half_decade(middle + k - count // 2) for k in range(count)]

@@ -100,12 +100,12 @@ def problem_of(log: object, method: str, output: Path, final: Path, settings) ->
         return (
             f"{output} was trained from {log['model_name']!r}, but MODEL_NAME is {settings.MODEL_NAME!r}; use "
             f"--model_name {log['model_name']}, or train again with: "
-            f"{command(TRAINED[method][0], '--model_name', settings.MODEL_NAME)}"
+            f"{command(TRAINED[method][0], '--model_name', settings.MODEL_NAME, '--rerun')}"
         )
     if log["summary"]["status"] == "running":
         return f"{output} is being trained, or its run was killed; wait, or finish it with: {again}"
     if fault := damaged(final, method, settings):
-        return f"{final} {fault}; make it anew with: {again}"
+        return f"{final} {fault}; make it anew with: {command(TRAINED[method][0], '--rerun')}"
     return ""
 
 
