@@ -216,7 +216,7 @@ def main() -> None:
             merge_adapter(trainer, settings, eval_rows, log)
         finish(trainer, log)
         say(f"done: {settings.OUTPUT_DIR}: final_lora_adapter, training_log.json, training_curves.png")
-        trainer.end()
+    device.leave()
 
 
 if __name__ == "__main__":

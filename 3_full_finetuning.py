@@ -198,7 +198,7 @@ def main() -> None:
         save_final(trainer, "final_model", config.dtype, log)
         finish(trainer, log)
         say(f"done: {settings.OUTPUT_DIR}: final_model, training_log.json, training_curves.png")
-        trainer.end()
+    device.leave()
 
 
 if __name__ == "__main__":

@@ -532,7 +532,7 @@ def main() -> None:
         candidates = load_tokenizers(candidates, settings, prompt_format)
         measured = measure_all(settings, candidates, held_out, general)
         if not main_process():
-            return  # one process has all results, and writes them
+            return device.leave()  # one process has all results, and writes them
 
         # --- compare
         held_out = with_embedder(settings, held_out)
@@ -582,6 +582,7 @@ def main() -> None:
     )
     print(f"{words['look_at']}: {files}")
     print(f"{words['tensorboard']}: tensorboard --logdir ./outputs/")
+    device.leave()
 
 
 if __name__ == "__main__":

@@ -131,6 +131,19 @@ def lost_process(error: BaseException) -> str:
     return ""
 
 
+def leave() -> None:
+    """End a process that is one of several, after all that it does with them; a lone process ends by itself.
+
+    It ends at once: a thread of gloo's or DeepSpeed's that outlives the interpreter now and then aborts its process
+    (SIGABRT, "terminate called without an active exception"), and the launcher then calls a finished run failed.
+    """
+    PartialState().destroy_process_group()
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 T = TypeVar("T")
 
 

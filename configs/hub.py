@@ -194,7 +194,10 @@ def hub_errors(kind: str, name: str, flag: str, revision: str | None = None) -> 
 def explain(error: Exception, kind: str, name: str, flag: str, revision: str | None) -> None:
     """Exit code 2 and one sentence for what the libraries raise; returns where it is no error of the Hub."""
     what, chain = f"{kind} {name!r} ({flag})", [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+    while (last := chain[-1]).__cause__ or not last.__suppress_context__:
+        cause = last.__cause__ or last.__context__
+        if cause is None or cause in chain:
+            break
         chain.append(cause)
     types = {
         base.__name__ for e in chain for base in type(e).__mro__ if type(e).__name__ != "RemoteEntryNotFoundError"

@@ -249,18 +249,21 @@ def test_steps_1_and_4_killed_at_ten_moments_leave_the_old_state_or_the_new_one(
     ok(run(*first, cwd=work))
     old = state()
     began = time.monotonic()
-    killed = 0
     ok(run(*second, cwd=work))
     took, new = time.monotonic() - began, state()
     ok(run(*first, cwd=work))
     assert state().keys() == new.keys()
-    for moment in range(10):
-        code = kill_after(took * (moment + 1) / 10.5, ROOT / second[0], *second[1:], cwd=work)
-        killed += code == -signal.SIGKILL
+    killed, quick = 0, 0
+    while killed < 10:
+        code = kill_after(took * (killed + 1) / 10.5, ROOT / second[0], *second[1:], cwd=work)
         now = state()
         same = [now == old, now == new] if step == 1 else [set(now) == set(old)]
-        assert any(same), f"after {moment + 1} of ten: {sorted(set(now.items()) ^ set(old.items()))}"
-    assert killed >= 8
+        assert any(same), f"after {killed + 1} of ten: {sorted(set(now.items()) ^ set(old.items()))}"
+        if code == -signal.SIGKILL:
+            killed += 1
+        else:  # the machine has become faster, and it was done before: the same moment again, sooner
+            took, quick = 0.8 * took, quick + 1
+            assert code == 0 and quick < 10
     ok(run(*second, cwd=work))
     assert step == 4 or state() == new
     assert not [p.name for p in (work / folder).iterdir() if p.name in (".new", ".old", ".done")]

@@ -122,7 +122,7 @@ def test_each_training_leaves_its_artefacts(pipeline, method, final):
     checkpoints = {path.name for path in folder.glob("checkpoint-*")}
     assert 1 <= len(checkpoints) <= 2
     # README.md is what TRL writes beside its checkpoints
-    left = {"runs", "training_log.json", "training_curves.png"}
+    left = {"runs", "training_log.json", "training_curves.png", "trained_rows.json"}
     assert names(folder) - checkpoints - {".lock", "README.md"} == {final, *left}
 
     log = read(folder / "training_log.json")
