@@ -28,6 +28,9 @@ MAX_TRAIN_SAMPLES: Annotated[int | None, "x >= 1"] = None  # use only this many 
 # Evaluation during training should not take more than a tenth of the time.
 MAX_EVAL_SAMPLES: Annotated[int | None, "x >= 1"] = 500  # use only this many validation rows; none: all
 MAX_DROP_FRACTION: Annotated[float, "0 <= x <= 1"] = 0.2  # stop when a larger share of the rows exceeds MAX_LENGTH
+# Prose apart from the data set's subject: less is forgotten, and perhaps less learned (run_all.py --sweep replay).
+REPLAY_FRACTION: Annotated[float, "0 <= x <= 0.9"] = 0.0  # share of the training tokens that are general text
+REPLAY_TEXT: str | None = None  # a text file, or a Hub data set with a text column: owner/name#configuration
 
 # --- LoRA
 LORA_R: Annotated[int, "x >= 1"] = 16  # rank of the trained matrices
@@ -88,7 +91,7 @@ OUTPUT_DIR = "outputs/lora_model"  # checkpoints, training_log.json, TensorBoard
 
 if __name__ == "__main__":
     override(globals(), check=hub.model_problems)
-    hub.go_online(MODEL_NAME)  # before the imports below: the libraries read its answer
+    hub.go_online(MODEL_NAME, hub.text_name(REPLAY_TEXT))  # before the imports below: the libraries read its answer
 
 import torch
 from peft import LoraConfig
@@ -99,6 +102,7 @@ from configs import chat, device, handover, models
 from configs.training.before import meet, model_config, preflight, problems
 from configs.training.export import merge_adapter, save_final
 from configs.training.memory import Plan, make_plan
+from configs.training.replay import with_replay
 from configs.training.resume import make_room, where_to_start
 from configs.training.runlog import RunLog, finish, run
 from configs.training.trainer import ExactTrainer, callbacks, token_rows
@@ -188,6 +192,7 @@ def main() -> None:
         tokenizer = chat.load_tokenizer(name, revision, manifest["settings"]["PROMPT_FORMAT"])
         limits = (tokenizer, length, settings.MAX_DROP_FRACTION)
         train_rows = token_rows(settings.DATA_DIR, "train", settings.MAX_TRAIN_SAMPLES, *limits)
+        train_rows = with_replay(train_rows, settings, tokenizer)
         eval_rows = token_rows(settings.DATA_DIR, "validation", settings.MAX_EVAL_SAMPLES, *limits)
         plan = make_plan(settings, config, max(train_rows["length"]), adapter, start.plan)
         preflight(train_rows, eval_rows, tokenizer, settings, plan, start)

@@ -13,7 +13,6 @@ Takes about 20 s on a laptop with --preset demo. A model that was not trained is
 
 import inspect
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -28,6 +27,8 @@ MODEL_NAME = "microsoft/phi-2"  # Hub name or local folder of the base model, th
 MODEL_REVISION: str | None = None  # branch, tag or commit of the model on the Hub; none: its default branch
 LORA_DIR = "outputs/lora_model"  # folder written by 2_lora_finetuning.py
 FULL_DIR = "outputs/full_model"  # folder written by 3_full_finetuning.py
+# merged_model of 2_lora_finetuning.py is compared, too, where it is there.
+CANDIDATES: list[str] | None = None  # further models or adapters to compare, name=folder, with commas between them
 
 # --- data
 DATA_DIR = "data"  # folder with the prepared data, written by 1_prepare_dataset.py
@@ -49,6 +50,9 @@ GENERATION_BATCH: Annotated[int | None, "x >= 1"] = None  # prompts answered at 
 # ROUGE-L and chrF compare words and letters; an embedding compares meaning.
 EMBEDDING_MODEL: str | None = None  # sentence-transformers model, e.g. BAAI/bge-small-en-v1.5; none: no such metric
 # The key of an OpenAI-compatible server is read from OPENAI_API_KEY.
+# Tasks of lm-evaluation-harness, e.g. arc_easy,gsm8k, or a folder with tasks of your own: pip install lm_eval
+BENCHMARKS: list[str] | None = None  # further tasks to compare the models on, with commas between them; none: no task
+BENCHMARK_SAMPLES: Annotated[int | None, "x >= 1"] = None  # only so many items of each task; none: all
 JUDGE: str | None = None  # openai:<base_url>#<model> or reward:<model>; none: helpfulness is estimated by a proxy
 
 # --- statistics
@@ -62,27 +66,29 @@ REPORT_LANGUAGE: Literal["en", "zh"] = "en"  # language of the report and of the
 if __name__ == "__main__":
     override(globals(), check=hub.model_problems)
     reward = JUDGE.removeprefix("reward:") if JUDGE and JUDGE.startswith("reward:") else None
-    text = GENERAL_TEXT if not GENERAL_TEXT or hub.local_path(GENERAL_TEXT) else GENERAL_TEXT.partition("#")[0]
-    hub.go_online(MODEL_NAME, text, EMBEDDING_MODEL, reward)  # before the imports below: the libraries read its answer
+    # before the imports below: the libraries read its answer
+    hub.go_online(MODEL_NAME, hub.text_name(GENERAL_TEXT), EMBEDDING_MODEL, reward)
 
 import numpy as np
-import torch
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
 from configs import chat, device, handover, models, state
-from configs.evaluation import metrics
+from configs.evaluation import benchmarks, metrics
 from configs.evaluation.candidates import (
+    TRAINED,
     Candidate,
     HeldOut,
     cost,
     find_candidates,
     load_held_out,
     load_tokenizers,
+    not_replayed,
     still_as_scored,
     unsound,
 )
+from configs.evaluation.fairness import fairness, rounding
 from configs.evaluation.judge import RewardJudge, ServerJudge, judge_problems, judged
 from configs.evaluation.report import (
     Note,
@@ -98,8 +104,8 @@ from configs.evaluation.report import (
     write_report,
 )
 from configs.evaluation.scoring import RowMetric, acting_as, answer, better_form, load_model, pieces, score
-from configs.evaluation.statistics import blocks, compare, effective_number, shaffer
-from configs.handover import EVALUATE, PREPARE
+from configs.evaluation.statistics import blocks, compare, effective_number, holm, shaffer
+from configs.handover import PREPARE
 from configs.preparation.reading import general_text
 from configs.text import visible
 
@@ -147,8 +153,8 @@ class Measured:
 
     nll: by prompt form ("chat", "plain"), nats a test row, shape (rows,). form: the one that counts. pairs: the
     (context ids, answer ids) of that form. answers: {answer, stopped} a test prompt, None for the control. general:
-    {nll, tokens, sizes} of the pieces of the general text, or None. verdicts: a judge's, 1 win, 0.5 tie, 0 loss a
-    prompt, nan missing, or None.
+    {nll, tokens, sizes} of the pieces of the general text, or None. tasks: {name: what was found} of BENCHMARKS.
+    verdicts: a judge's, 1 win, 0.5 tie, 0 loss a prompt, nan missing, or None.
     """
 
     nll: dict[str, np.ndarray]
@@ -156,6 +162,7 @@ class Measured:
     pairs: list[tuple[list[int], list[int]]]
     answers: list[dict] | None
     general: dict[str, np.ndarray] | None
+    tasks: dict[str, benchmarks.Task]
     verdicts: np.ndarray | None = None
 
     @property
@@ -189,82 +196,6 @@ class Rows(NamedTuple):
         return float(self.values[known].sum() / self.weights[known].sum())
 
 
-# --- what makes a comparison unfair
-
-# These notes warn. What withholds the verdict is unsound() in configs/evaluation/candidates.py, and what withholds a
-# judge's is judged() in configs/evaluation/judge.py.
-
-
-def fairness(
-    logs: dict[str, dict], test_rows: int, settings, cut: dict[str, int], questions: int, prompts: int
-) -> list[Note]:
-    """What makes the comparison unfair or too weak, as notes for the report.
-
-    logs: of the trained models, by method. cut: answers per trained model that did not end by themselves. questions:
-    effective number of different ones among the test rows; prompts: number of test prompts.
-    """
-    notes: list[Note] = []
-    # a sign-flip test of n groups cannot go below 2 / 2**n, which Holm multiplies by up to 3
-    if questions < 8:
-        notes.append(("too_few_rows", {"rows": test_rows, "groups": questions}))
-    elif questions < 100:
-        notes.append(("few_rows", {"rows": test_rows, "groups": questions}))
-    if prompts < 30:
-        notes.append(("few_prompts", {"prompts": prompts}))
-    for name, number in cut.items():
-        if number:
-            notes.append(("cut", {"number": number, "name": name, "cap": settings.MAX_NEW_TOKENS}))
-    for name, log in logs.items():
-        steps, epochs, own = log["summary"]["steps"], log["summary"]["epochs"], log["settings"]
-        # MAX_STEPS shortens the schedule, and its warm-up with it
-        planned = own["MAX_STEPS"] or max(round(steps / max(epochs, 1e-9) * own["NUM_EPOCHS"]), 1)
-        if steps <= math.ceil(planned * own["WARMUP_RATIO"]):
-            notes.append(("warm_up", {"name": name, "steps": steps}))
-        records = [r for r in log["history"] if isinstance(r, dict)]
-        losses = [r["eval_loss"] for r in records if isinstance(r.get("eval_loss"), float)]
-        if len(losses) > 2 and losses[-1] < 0.99 * losses[-2]:
-            notes.append(("still_falling", {"name": name, "fell": 1 - losses[-1] / losses[-2]}))
-    if len(logs) < 2:
-        return notes
-    lora, full = logs["lora"], logs["full"]
-    for key in ("SEED", "NUM_EPOCHS", "MAX_STEPS", "MAX_LENGTH", "MAX_TRAIN_SAMPLES"):
-        if lora["settings"][key] != full["settings"][key]:
-            notes.append(("differ", {"what": key, "lora": lora["settings"][key], "full": full["settings"][key]}))
-    batches = {
-        name: log["settings"]["BATCH_SIZE"] * log["settings"]["GRADIENT_ACCUMULATION_STEPS"]
-        for name, log in logs.items()
-    }
-    if batches["lora"] != batches["full"]:
-        notes.append(("rows_per_step", batches))
-    ratio = lora["settings"]["LEARNING_RATE"] / full["settings"]["LEARNING_RATE"]
-    if not 3 <= ratio <= 30:
-        notes.append(("rate_ratio", {"ratio": ratio, "command": command("run_all.py", "--sweep")}))
-    rows = [log.get("identity", {}).get("train_rows", log["data"]["manifest_sha256"]) for log in (lora, full)]
-    if rows[0] != rows[1]:
-        notes.append(("different_data", {}))
-    if lora["data"]["train_rows"] != full["data"]["train_rows"]:
-        notes.append(("train_rows", {name: log["data"]["train_rows"] for name, log in logs.items()}))
-    return notes
-
-
-# By how much the rounding of 16 bits may change a model's nll, in nats per token: a smaller difference says nothing.
-# bf16 changed that of the demo's models and of small-phi by 0.0001 on average and 0.0004 at most, fp16 by 0.00003 at
-# most (against fp32 on a CPU). Larger models have larger logits. bf16 rounds those above 16 to steps of 1/8 and those
-# above 32 to steps of 1/4; small-phi's logits, shifted to there, gave an nll too high by 0.0006 and 0.0026.
-ROUNDING = {torch.bfloat16: 0.002, torch.float16: 0.00025}
-
-
-def rounding(dtype: torch.dtype, comparisons: list[dict]) -> list[Note]:
-    """A note on the differences of nll that are no larger than the error of scoring in `dtype`; fp32 has none."""
-    error = ROUNDING.get(dtype, 0)
-    small = [c for c in comparisons if c["metric"] == "nll_per_token" and error and abs(c["difference"]) <= error]
-    if not small:
-        return []
-    pairs = ", ".join(f"{c['a']} - {c['b']} = {c['difference']:+.5f}" for c in small)
-    name, again = str(dtype).removeprefix("torch."), command(EVALUATE, "--precision", "fp32")
-    return [("rounding", {"dtype": name, "error": error, "pairs": pairs, "command": again})]
-
-
 # --- measuring
 
 
@@ -278,7 +209,7 @@ def measure_all(settings, candidates: list[Candidate], held_out: HeldOut, genera
         for candidate in group:
             # The base, which no template was taught to, is scored in both forms and takes its better one. Its 4-bit
             # control takes the same one; who was trained is asked as it was trained.
-            forms = ["chat"] if candidate.log else ["chat", "plain"]
+            forms = ["chat"] if candidate.taught else ["chat", "plain"]
             if candidate.is_control:
                 forms = [measured["base"].form]
             with acting_as(model, candidate):
@@ -322,7 +253,10 @@ def measure(
             "tokens": np.array([len(ids) for ids in texts]),
             "sizes": np.array(sizes),
         }
-    return Measured(nll, form, pairs[form], answers, scored_text)
+    tasks = {}
+    if settings.BENCHMARKS and not candidate.is_control:
+        tasks = benchmarks.run(model, tokenizer, settings.BENCHMARKS, settings.BENCHMARK_SAMPLES, label)
+    return Measured(nll, form, pairs[form], answers, scored_text, tasks)
 
 
 def ask(candidate: Candidate, prompt: list[dict], form: str) -> list[int]:
@@ -361,6 +295,10 @@ def judge_answers(settings, held_out: HeldOut, measured: dict[str, Measured]) ->
 
 def rows_of(name: str, measured: Measured, held_out: HeldOut) -> Rows | None:
     """A metric of one model, row by row; None where it was not measured."""
+    if task := measured.tasks.get(name):
+        return Rows(task.values, np.ones(len(task.values)), task.items)
+    if name not in METRICS:
+        return None
     metric = METRICS[name]
     if metric.on == "test rows":
         return Rows(measured.nll[measured.form], measured.tokens, held_out.groups)
@@ -396,7 +334,9 @@ def describe(settings, candidate: Candidate, measured: Measured, held_out: HeldO
         described["forgetting"]["tokens"] = int(measured.general["tokens"].sum())
     if measured.answers is None:
         return described
-    described |= {name: rows.mean for name, rows in by_metric.items() if METRICS[name].on == "test prompts"}
+    on_prompts = [name for name, metric in METRICS.items() if metric.on == "test prompts"]
+    described |= {name: rows.mean for name, rows in by_metric.items() if name in on_prompts}
+    described["benchmarks"] = {name: by_metric[name].mean for name in measured.tasks}
     texts, references = measured.texts, held_out.references
     proxy = metrics.helpfulness_proxy(texts, held_out.questions, measured.stopped)
     described["answers"] = {
@@ -415,11 +355,14 @@ def describe(settings, candidate: Candidate, measured: Measured, held_out: HeldO
 def compare_all(settings, by_model: dict[str, dict[str, Rows]]) -> list[dict]:
     """Every pair in every metric, with p-values adjusted over the pairs of a metric (`raw_p` is the unadjusted one).
 
-    by_model: {label: {metric: Rows}}. The 4-bit pairs answer another question, and are a family of their own.
+    by_model: {label: {metric: Rows}}. The 4-bit pairs answer another question, and are a family of their own; so are
+    those of each further candidate.
     """
-    comparisons = []
-    for metric in METRICS:
-        for family in (PAIRS, PAIRS_4BIT):
+    comparisons, known = [], {label for pair in PAIRS + PAIRS_4BIT for label in pair}
+    families = [PAIRS, PAIRS_4BIT]
+    families += [[(label, b) for b in ("base", "lora", "full")] for label in by_model if label not in known]
+    for metric in dict.fromkeys([*METRICS, *(name for found in by_model.values() for name in found)]):
+        for family in families:
             pairs = [pair for pair in family if all(metric in by_model.get(label, {}) for label in pair)]
             compared = []
             for a, b in pairs:
@@ -430,7 +373,8 @@ def compare_all(settings, by_model: dict[str, dict[str, Rows]]) -> list[dict]:
                     values = rows.values[known], others.values[known], rows.weights[known], groups
                     outcome = compare(*values, settings.RESAMPLES, settings.SEED, len(pairs))
                     compared.append({"a": a, "b": b, "metric": metric, **outcome})
-            for comparison, p_value in zip(compared, shaffer([c["p_value"] for c in compared]), strict=True):
+            adjust = shaffer if family is PAIRS else holm  # Shaffer's holds for all pairs of three models
+            for comparison, p_value in zip(compared, adjust([c["p_value"] for c in compared]), strict=True):
                 comparison |= {"raw_p": comparison["p_value"], "p_value": p_value}
             comparisons += compared
     return comparisons
@@ -460,12 +404,12 @@ def answer_one(settings, candidates: list[Candidate]) -> None:
         model = load_model(group, dtype, settings.MODEL_REVISION)
         for candidate in group:
             # a base model that has no template of its own was never shown one
-            untaught = candidate.log is None and chat.is_our_template(candidate.tokenizer)
+            untaught = not candidate.taught and chat.is_our_template(candidate.tokenizer)
             ids = ask(candidate, prompt, "plain" if untaught else "chat")
             chat.check_lengths(model, [ids], "PROMPT", "a shorter one")
             with acting_as(model, candidate):
                 (record,) = answer_prompts(settings, candidate, model, [ids], 1)
-            grid.add_column(Text(words[candidate.label]), ratio=1)
+            grid.add_column(Text(words.get(candidate.label, candidate.label)), ratio=1)
             cut = "" if record["stopped"] else f" [{words['cut_off']}]"
             answers.append(Text(visible(record["answer"]) + cut))
         del model
@@ -483,6 +427,8 @@ def problems(settings) -> list[str]:
         found += hub.check_model(settings.EMBEDDING_MODEL, flag="EMBEDDING_MODEL")
     if settings.PROMPT is not None and settings.PROMPT.encode("utf-8", "replace").decode() != settings.PROMPT:
         found.append("PROMPT is not text in this terminal's encoding; set LC_ALL=C.UTF-8")
+    if settings.BENCHMARKS:
+        benchmarks.tasks_of(tuple(settings.BENCHMARKS))
     return found + (judge_problems(settings.JUDGE) if main_process() else [])
 
 
@@ -497,19 +443,28 @@ def write_all(
         | {label: texts[i] for label, texts in answers.items()}
         for i in metrics.most_different(answers, 10)
     ]
-    histories = {c.label: c.log["history"] for c in candidates if c.log}
+    histories = {c.label: c.log["history"] for c in candidates if c.method in TRAINED}
     with handover.replacing(settings.REPORT_DIR) as new:
         handover.write_json(new / "evaluation_results.json", results)
         records = (record for label, m in measured.items() for record in records_of(label, m, held_out))
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         handover.write_text(new / "evaluation_examples.jsonl", "".join(lines))
+        items = [
+            {"task": name, "metric": task.metric, "model": label, **record}
+            for label, m in measured.items()
+            for name, task in m.tasks.items()
+            for record in task.records
+        ]
+        if items:
+            lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+            handover.write_text(new / "evaluation_benchmarks.jsonl", "".join(lines))
         shown = results | {
             "verdict": verdict(results, PAIRS, words),
             "warnings": [sentence(note, words) for note in warnings],
         }
         write_report(shown, examples, plots(results, histories, new / "plots"), new, settings.REPORT_LANGUAGE)
     for candidate in candidates:
-        if candidate.log and still_as_scored(candidate):  # it may have been trained again meanwhile
+        if candidate.method in TRAINED and still_as_scored(candidate):  # it may have been trained again meanwhile
             write_card(Path(candidate.own_folder), model_card_scores(results, candidate.label))
 
 
@@ -524,7 +479,8 @@ def main() -> None:
         say(f"{words['note']}: {sentence(note, words)}")
     if settings.PROMPT is not None:
         return answer_one(settings, load_tokenizers(candidates, settings, prompt_format))
-    general = general_text(settings.GENERAL_TEXT)
+    trained = [Path(candidate.own_folder).parent for candidate in candidates if candidate.log]
+    general = not_replayed(general_text(settings.GENERAL_TEXT), settings.GENERAL_TEXT, trained)
     with handover.lock(settings.REPORT_DIR):
         # --- measure
         made_from = state.made_from(vars(settings))  # before: a training may end while this runs
@@ -538,7 +494,7 @@ def main() -> None:
         held_out = with_embedder(settings, held_out)
         opinion = judge_answers(settings, held_out, measured)
         by_model = {
-            label: {name: rows for name in METRICS if (rows := rows_of(name, m, held_out)) is not None}
+            label: {name: rows for name in [*METRICS, *m.tasks] if (rows := rows_of(name, m, held_out)) is not None}
             for label, m in measured.items()
         }
         described = {
@@ -546,7 +502,9 @@ def main() -> None:
         }
         if "base_4bit" in described:  # the control is no fourth model: it stands with LoRA, which it explains
             described["lora"]["base_4bit"] = described.pop("base_4bit")
-        reasons, logs = unsound(candidates, manifest, held_out), {c.label: c.log for c in candidates if c.log}
+        reasons = unsound(candidates, manifest, held_out)
+        logs = {c.label: c.log for c in candidates if c.method in TRAINED}
+        notes += [("unknown_training", {"name": c.label}) for c in candidates if c.method == "other"]
         cut = {label: measured[label].stopped.count(False) for label in logs}
         tokens = measured["base"].tokens
         questions, prompts = round(effective_number(tokens, held_out.groups)), len(held_out.prompts)
@@ -564,7 +522,8 @@ def main() -> None:
             "data": data
             | {"test_rows": len(held_out.rows), "test_groups": len(set(held_out.groups)), "test_prompts": prompts},
             "models": described,
-            "metrics": {name: {"better": metric.better, "unit": metric.unit} for name, metric in METRICS.items()},
+            "metrics": {name: {"better": metric.better, "unit": metric.unit} for name, metric in METRICS.items()}
+            | {name: {"better": task.better, "unit": task.metric} for name, task in measured["base"].tasks.items()},
             "comparisons": comparisons,
             "judge": opinion,
             "unsound": reasons,

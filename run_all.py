@@ -38,7 +38,11 @@ SEEDS: Annotated[int | None, "x >= 2"] = None  # fresh runs of each method at it
 # Where full runs cost too much, choose the rates on fewer rows; short runs prefer higher rates.
 SELECTION_FRACTION: Annotated[float | None, "0 < x <= 1"] = None  # share of the rows; none: all, 0.34 in the demo
 MARGIN: Annotated[float, "0 < x < 1"] = 0.95  # LoRA is good enough where it keeps this share of full's gain
+WEIGHT_ANALYSIS = False  # look for intruder dimensions in the weights, which full fine-tuning does not make
 SWEEP_DIR = "outputs/sweep"  # runs, sweep.json and the report of the sweep
+# For any other scheduler, --plan_only prints the commands of the runs.
+SWEEP_EXECUTOR: Literal["here", "slurm", "submitit_local"] = "here"  # where the runs are trained; slurm: by submitit
+SWEEP_JOB: str | None = None  # submitit's parameters of a job: timeout_min=240,gpus_per_node=1,slurm_partition=gpu
 
 if __name__ == "__main__":
     flags_of_steps = override_all(globals())
@@ -188,6 +192,9 @@ def sweep(words: dict, flags: dict[str, list[str]], gpus: int) -> int:
         SEEDS=SEEDS or (3 if demo else 5),
         SELECTION_FRACTION=SELECTION_FRACTION or (0.34 if demo else 1.0),
         MARGIN=MARGIN,
+        WEIGHT_ANALYSIS=WEIGHT_ANALYSIS,
+        SWEEP_EXECUTOR=SWEEP_EXECUTOR,
+        SWEEP_JOB=SWEEP_JOB,
         LANGUAGE=LANGUAGE,
         RERUN=RERUN,
     )

@@ -230,6 +230,11 @@ def content_hash(messages: list[dict]) -> str:
     return digest.hexdigest()[:16]
 
 
+def text_hash(text: str) -> str:
+    """What stands for a paragraph of general text in trained_rows.json; 16 hexadecimal digits."""
+    return content_hash([{"role": "text", "content": text}])
+
+
 def split_hash(ids: Iterable[str], parts: Iterable[str] = ()) -> str:
     """sha256 of a split: over the ids of its rows in order, each with its part where there is one."""
     lines = map(" ".join, itertools.zip_longest(ids, parts, fillvalue=""))

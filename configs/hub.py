@@ -48,6 +48,11 @@ def model_path(name: str) -> str:
     return str(path.resolve()) if path else name
 
 
+def text_name(name: str | None) -> str | None:
+    """The file or the Hub data set of a general text, without the #configuration behind a Hub name."""
+    return name if name is None or local_path(name) else name.partition("#")[0]
+
+
 def is_hub_name(name: str) -> bool:
     """True for `owner/name` or `name` that is not a path on this machine."""
     return local_path(name) is None and not looks_like_path(name)
@@ -284,11 +289,11 @@ def check_model(name: str, revision: str | None = None, flag: str = "MODEL_NAME"
 def model_problems(settings: dict) -> list[str]:
     """What is wrong with names among {name: value}; `override` asks it together with its own checks."""
     wrong = check_model(settings["MODEL_NAME"], settings["MODEL_REVISION"])
-    for flag in ("DATASET_NAME", "GENERAL_TEXT", "EMBEDDING_MODEL", "JUDGE"):
+    for flag in ("DATASET_NAME", "GENERAL_TEXT", "REPLAY_TEXT", "EMBEDDING_MODEL", "JUDGE"):
         name = settings.get(flag) or ""
         if flag == "JUDGE":
             name = name.removeprefix("reward:") if name.startswith("reward:") else ""
-        elif flag == "GENERAL_TEXT" and local_path(name) is None:
-            name = name.partition("#")[0]
+        elif flag.endswith("_TEXT"):
+            name = text_name(name)
         wrong += name_problems(flag, name)
     return wrong

@@ -18,7 +18,7 @@ OUTSIDE = frozenset(
     """
     MODEL_NAME MODEL_REVISION DATA_DIR OUTPUT_DIR BATCH_SIZE GRADIENT_ACCUMULATION_STEPS USE_DEEPSPEED DEEPSPEED_CONFIG
     PLAN_ONLY DEVICE_MEMORY_GB GRADIENT_CHECKPOINTING PACKING MAX_DROP_FRACTION LOGGING_STEPS EVAL_STEPS SAVE_STEPS
-    SAVE_TOTAL_LIMIT EARLY_STOPPING_PATIENCE RESUME RERUN REPORT_TO MERGE_ADAPTER
+    SAVE_TOTAL_LIMIT EARLY_STOPPING_PATIENCE RESUME RERUN REPORT_TO MERGE_ADAPTER REPLAY_FRACTION REPLAY_TEXT
     """.split()
 )
 # Of these, "auto" may be what the other value says: the memory plan of the checkpoint decides.
@@ -42,6 +42,11 @@ def identity(method: str, settings: dict, manifest: dict, commit: str | None = N
         with contextlib.suppress(OSError):
             deepspeed = hashlib.sha256(hub.local_path(settings["DEEPSPEED_CONFIG"]).read_bytes()).hexdigest()
     own = {name: value for name, value in settings.items() if name not in OUTSIDE}
+    replay = None
+    if settings.get("REPLAY_FRACTION"):
+        replay, path = [settings["REPLAY_FRACTION"], settings["REPLAY_TEXT"]], hub.local_path(settings["REPLAY_TEXT"])
+        with contextlib.suppress(OSError, AttributeError):  # a Hub data set is known by its name
+            replay[1] = hashlib.sha256(path.read_bytes()).hexdigest()
     parts = {
         "method": method,
         "model": hub.model_path(settings["MODEL_NAME"]),
@@ -52,6 +57,7 @@ def identity(method: str, settings: dict, manifest: dict, commit: str | None = N
         "PROMPT_FORMAT": manifest["settings"].get("PROMPT_FORMAT"),
         "rows_per_step": settings["BATCH_SIZE"] * settings["GRADIENT_ACCUMULATION_STEPS"],
         "deepspeed": deepspeed,
+        "replay": replay,
         **own,
     }
     return json.loads(json.dumps(parts))  # as it will be read again
@@ -108,6 +114,7 @@ def spelled(name: str, before: object, now: object) -> str:
         "train_rows": "the training rows are others",
         "validation_rows": "the validation rows are others",
         "deepspeed": "the DeepSpeed configuration is another one",
+        "replay": "the general text among the rows, or its share (REPLAY_FRACTION), is another one",
     }
     title = {"model": "MODEL_NAME", "model_revision": "MODEL_REVISION"}.get(name, name)
     if name == "rows_per_step":

@@ -834,7 +834,7 @@ def test_arbitrary_presets_and_flags_end_with_0_or_2(tmp_path, monkeypatch, caps
 )
 @example(f"arms: {{a: {{method: lora}}, {'b' * 5000}: {{method: full}}}}")
 def test_an_arbitrary_question_of_a_sweep_is_read_or_refused(tmp_path_factory, text):
-    from configs.comparison.sweep import read_question
+    from configs.comparison.question import read_question
 
     path = tmp_path_factory.getbasetemp() / "question.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -843,7 +843,7 @@ def test_an_arbitrary_question_of_a_sweep_is_read_or_refused(tmp_path_factory, t
 
 @pytest.mark.parametrize("name", ["a" * 5000, "~nobody.yaml", "a" * 5000 + ".yaml", "../default", "\0.yaml"])
 def test_a_question_that_cannot_be_is_refused(capsys, name):
-    from configs.comparison.sweep import read_question
+    from configs.comparison.question import read_question
 
     assert endures(read_question, name) == 2
     assert capsys.readouterr().err.startswith("error: unknown question ")

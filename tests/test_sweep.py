@@ -11,22 +11,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS, ok, run
 
 from configs import handover
-from configs.comparison import report, results, sweep
-from configs.comparison.sweep import (
-    Arm,
-    Sweep,
-    begin,
-    best_rate,
-    choose,
-    grid,
-    neighbour,
-    note,
-    read_question,
-    words_of,
-)
+from configs.comparison import jobs, report, results, runs, weights
+from configs.comparison.plan import Sweep, begin
+from configs.comparison.question import Arm, grid, neighbour, read_question
+from configs.comparison.runs import check_arms, note, words_of
+from configs.comparison.sweep import best_rate, choose
 
 LORA, FULL = SCRIPTS[1:3]
 QUESTIONS = sorted(path.stem for path in (ROOT / "configs" / "comparison").glob("*.yaml"))
@@ -119,13 +112,13 @@ def pretend(sweep_: Sweep, loss) -> list[str]:
             run |= {"state": "done", "eval_loss": value, "seconds": 1.0}
         self.save()
 
-    sweep.train = train
+    runs.train = train
     return order
 
 
 @pytest.fixture
 def pretending(monkeypatch):
-    monkeypatch.setattr(sweep, "train", sweep.train)
+    monkeypatch.setattr(runs, "train", runs.train)
     return pretend
 
 
@@ -166,8 +159,8 @@ def test_a_grid_grows_by_two_and_then_says_that_the_best_is_at_the_edge(tmp_path
     assert len(order) == 7 and one.selection["lora"] == {
         "rate": neighbour(first, -2), "eval_loss": neighbour(first, -2), "edge": True
     }  # fmt: skip
-    runs = {"runs": one.runs, "selection": one.selection, "plan": one.plan}
-    assert results.withheld(runs) == {"lora": "edge"}
+    found = {"runs": one.runs, "selection": one.selection, "plan": one.plan}
+    assert results.withheld(found) == {"lora": "edge"}
 
 
 def test_diverged_runs_count_and_never_win(tmp_path, pretending):
@@ -192,7 +185,7 @@ def test_what_is_done_is_not_repeated(tmp_path, pretending):
     one = with_grid(fresh_sweep(tmp_path, "lora"))
     rates = grid("lora", 2560)
     pretending(one, lambda arm, rate, seed: abs(rates.index(rate) - 2))
-    sweep.do_all(one, list(one.runs)[:3], 900, 1, 10)
+    runs.do_all(one, list(one.runs)[:3], 900, 1, 10)
     again = with_grid(fresh_sweep(tmp_path, "lora"))
     order = pretending(again, lambda arm, rate, seed: abs(rates.index(rate) - 2))
     choose(again, 1, 900, 1, 10)
@@ -365,6 +358,152 @@ def test_blocks_are_of_equal_size_and_in_order():
     assert results.blocks(200) == [n // 10 for n in range(200)]
     assert results.blocks(7) == list(range(7))
     assert max(np.bincount(results.blocks(207))) - min(np.bincount(results.blocks(207))) <= 1
+
+
+def noisy(mean: float, count: int, draw: np.random.Generator) -> np.ndarray:
+    return mean + draw.normal(0, 0.02, count)
+
+
+def learned_and_forgot(gain: float, forgot: float, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return noisy(3 - gain, 100, draw), noisy(3 + forgot, 200, draw)
+
+
+def test_forgetting_is_compared_where_both_have_learned_the_same():
+    """The other method forgets 0.1 where it gains 0.2, and 0.5 where it gains 0.4: 0.3 where it gains 0.3."""
+    held = 0
+    weights, groups = (np.ones(100), np.ones(200)), (list(range(100)), results.blocks(200))
+    for number in range(60):
+        draw = np.random.default_rng(number)
+        curve = [learned_and_forgot(*point, draw) for point in ((0, 0), (0.2, 0.1), (0.4, 0.5), (0.1, 2.0))]
+        own = learned_and_forgot(0.3, 0.1, draw)
+        found = results.statistics.at_equal_learning(own, curve, weights, groups, 1000, number)
+        assert not found["outside"] and found["gain"] == pytest.approx(0.3, abs=0.02)
+        held += found["ci95"][0] <= 0.1 - 0.3 <= found["ci95"][1]
+    assert 52 <= held <= 60  # 95 % of 60 are 57
+    beyond = results.statistics.at_equal_learning(learned_and_forgot(0.6, 0.1, draw), curve, weights, groups, 1000, 1)
+    assert beyond == {"gain": pytest.approx(0.6, abs=0.02), "outside": True}
+
+
+def test_who_wins_and_forgets_more_is_told_so():
+    sweep_, scores, groups = made_up(spread=0.002, gap=0.1)
+    for key, run_ in sweep_["runs"].items():
+        if run_["arm"] == "full":
+            scores[key]["general_nll"] = scores[key]["general_nll"] + 5
+    found = results.analyse(sweep_, scores, groups, 2000, 0.95)
+    for language, words in (("en", "But full has forgotten more"), ("zh", "但 full 遗忘得更多")):
+        assert words in report.summary(found, language)
+    plain = report.summary(results.analyse(*made_up(spread=0.002, gap=0.1), 2000, 0.95), "en")
+    assert "forgotten" not in plain
+
+
+# --- new directions in the weights
+
+
+def test_a_planted_intruder_is_found():
+    draw = torch.Generator().manual_seed(0)
+    before = torch.randn(96, 160, generator=draw)
+    u, v = (torch.nn.functional.normalize(torch.randn(n, generator=draw), dim=0) for n in (96, 160))
+    assert weights.intruders(before, before) == 0
+    assert weights.intruders(before, before + 0.01 * torch.randn(96, 160, generator=draw)) == 0
+    assert weights.intruders(before, before + 60 * torch.outer(u, v)) == 1
+    old = torch.linalg.svd(before)
+    raised = before + 60 * torch.outer(old.U[:, 50], old.Vh[50])  # a direction that the base had, made stronger
+    assert weights.intruders(before, raised) == 0
+
+
+def test_an_adapter_s_weights_are_read_and_the_base_is_left_as_it_was(tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    deltas = [m.get_delta_weight("default") for m in adapted.modules() if hasattr(m, "get_delta_weight")]
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    pairs = list(weights.changed("lora", str(tmp_path), base, None))
+    assert len(pairs) == len(deltas) > 1
+    for (old, new), delta in zip(pairs, deltas, strict=True):
+        torch.testing.assert_close(new - old, delta)
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+
+
+# --- before anything is trained, and jobs
+
+
+def test_an_arm_that_cannot_be_trained_is_refused_before_the_first_run(tmp_path, tiny, capsys):
+    arms = [Arm("fine", "full", {}), Arm("odd", "lora", {"LORA_TARGET_MODULES": ["no_such_layer"], "USE_4BIT": False})]
+    flags = {method: [f"--model_name={tiny}", "--precision=fp32"] for method in ("lora", "full")}
+    one = begin(settings_of(tmp_path), arms, {"name": "x"}, MANIFEST, flags)
+    with_grid(one)
+    with pytest.raises(SystemExit) as end:
+        check_arms(one, 900, 3)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "arm odd: " in said and "no_such_layer" in said and "arm fine" not in said
+    assert not list((tmp_path / "sweep").glob("*/*"))
+    one.arms.pop()
+    needed = check_arms(one, 900, 3)
+    weights_of_one = sum(p.stat().st_size for p in tiny.glob("*.safetensors"))
+    assert needed > 5 * weights_of_one / 2  # five runs that choose a rate leave 16-bit weights until they are scored
+
+
+def test_job_parameters(capsys):
+    assert jobs.options("timeout_min=240, slurm_partition=gpu,gpus_per_node=1") == {
+        "timeout_min": 240, "slurm_partition": "gpu", "gpus_per_node": 1
+    }  # fmt: skip
+    assert jobs.options(None) == {}
+    with pytest.raises(SystemExit):
+        jobs.options("timeout_min")
+    assert "name=value" in capsys.readouterr().err
+
+
+def test_runs_as_jobs(tmp_path):
+    """submitit's local executor: exit codes come back, output is kept, and a job that goes on is met again."""
+    one = fresh_sweep(tmp_path, "lora")
+    keys = [one.add(one.arms[0], rate, 1, "selection") for rate in (1e-4, 1e-3)]
+    cluster = jobs.Cluster("submitit_local", one.folder, {"timeout_min": 5})
+    words = {keys[0]: ["-c", "print('trained')"], keys[1]: ["-c", "import sys; sys.exit(3)"]}
+    assert dict(cluster.done(one, words)) == {keys[0]: 0, keys[1]: 3}
+    assert "trained" in (Path(one.runs[keys[0]]["folder"]) / "output.txt").read_text()
+    assert not any("job" in record for record in one.runs.values())
+    # the sweep is ended while its job is at work; the next start waits for it instead of training twice
+    line = "import time, pathlib; time.sleep(4); pathlib.Path('times').open('a').write('x')"
+    started = cluster.done(one, {keys[0]: ["-c", line.replace("'times'", repr(str(tmp_path / "times")))]})
+    monkey = jobs.POLL
+    jobs.POLL = 0.1
+    try:
+        import threading
+
+        first = threading.Thread(target=lambda: next(started))
+        first.start()
+        deadline = time.monotonic() + 60
+        while "job" not in one.runs[keys[0]] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        number = one.runs[keys[0]]["job"]
+        first.join(60)
+        one.runs[keys[0]]["job"] = number  # as sweep.json had it when the sweep was ended
+        assert list(cluster.done(one, {keys[0]: ["-c", "raise SystemExit(9)"]})) == [(keys[0], 0)]
+    finally:
+        jobs.POLL = monkey
+    assert (tmp_path / "times").read_text() == "x"
+
+
+def test_a_job_whose_time_is_up_saves_a_checkpoint_and_is_submitted_again(tmp_path):
+    import threading
+
+    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); "
+    code += "print('on', flush=True); time.sleep(60)"
+    job = jobs.Training([sys.executable, "-c", code], str(tmp_path / "run" / "output.txt"))
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(job()))
+    thread.start()
+    deadline = time.monotonic() + 30
+    while "on" not in (tmp_path / "run" / "output.txt").read_text() if (tmp_path / "run").exists() else True:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    again = job.checkpoint()
+    thread.join(30)
+    assert codes == [143] and again.function.words == job.words and again.function.child is None
 
 
 # --- a whole one

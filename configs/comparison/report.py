@@ -49,10 +49,13 @@ def advice_on(comparison: dict, results: dict, w: dict) -> str:
     margin, standing = results["margins"]["perplexity"] - 1, comparison["standing"]
     values = {"a": a, "b": b, "low": low, "high": high, "margin": margin, "cheaper": cheaper(results, a, b, w)}
     shown = comparison["p_value"] < 0.05  # after the adjustment for the number of pairs
-    if standing == "better" and shown:
-        return w["advice_better"].format(a=a, b=b, d=-comparison["difference"], low=-high, high=-low)
-    if standing == "worse" and shown:
-        return w["advice_better"].format(a=b, b=a, d=comparison["difference"], low=low, high=high)
+    if standing in ("better", "worse") and shown:
+        sign, (better, other) = (-1, (a, b)) if standing == "better" else (1, (b, a))
+        ends = sorted((sign * low, sign * high))
+        said = w["advice_better"].format(
+            a=better, b=other, d=sign * comparison["difference"], low=ends[0], high=ends[1], cheaper=values["cheaper"]
+        )
+        return said + forgets_more(better, other, results, w)
     if standing in ("equivalent", "good enough", "worse within the margin"):
         return w[f"advice_{STANDINGS.get(standing, standing)}"].format(**values)
     return w["advice_undecided"].format(**values, needed=ways(comparison, results, w))
@@ -66,6 +69,14 @@ def cheaper(results: dict, a: str, b: str, w: dict) -> str:
     arm, other = sorted((a, b), key=lambda name: seconds[name])
     share = seconds[arm] / seconds[other]
     return w["cheaper"].format(arm=arm, share=share) if share < 0.95 else ""
+
+
+def forgets_more(a: str, b: str, results: dict, w: dict) -> str:
+    """A sentence where arm a has surely forgotten more than arm b: what is better here may be worse elsewhere."""
+    lost = {c["a"]: c for c in results["forgetting"]}
+    if a not in lost or b not in lost or lost[a]["ci95"][0] <= max(lost[b]["ci95"][1], 0):
+        return ""
+    return w["but_forgets"].format(a=a, b=b, own=lost[a]["difference"], other=lost[b]["difference"])
 
 
 def ways(comparison: dict, results: dict, w: dict) -> str:
@@ -123,7 +134,7 @@ def arm_rows(results: dict, w: dict) -> list[dict]:
             {
                 "name": name,
                 "method": arm["method"],
-                "settings": ", ".join(f"{key.lower()} {value}" for key, value in settings.items()) or w["none"],
+                "settings": cell(", ".join(f"{key.lower()} {value}" for key, value in settings.items())) or w["none"],
                 "rate": f"{rate:.1e}" if rate else w["none"],
                 "loss": f"{np.mean(losses):.4f}" if losses else w["none"],
                 "spread": f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else w["none"],
@@ -176,8 +187,10 @@ def draw(results: dict, folder: Path, w: dict) -> list[str]:
         axis.plot([r["rate"] for r in own], [r["nll_per_token"] for r in own], "o-", color=color, label=name)
         fresh = [r for r in runs if r["arm"] == name and r["phase"] == "seeds"]
         axis.plot([r["rate"] for r in fresh], [r["nll_per_token"] for r in fresh], "x", color=color)
+    axis.plot([], [], "x", color="#333333", label=w["label_fresh"])
+    for name in colors:
         if rate := results["selection"][name]["rate"]:
-            axis.axvline(rate, color=color, lw=0.6)
+            axis.axvline(rate, color=colors[name], lw=0.6)
     axis.set_xscale("log")
     axis.set_xlabel(w["axis_rate"])
     axis.set_ylabel(w["axis_loss"])
@@ -187,14 +200,15 @@ def draw(results: dict, folder: Path, w: dict) -> list[str]:
         axis.plot(0, 0, "o", color="#777777", label="base")
         for name, color in colors.items():
             for phase, style in (("selection", "o-"), ("seeds", "x")):
-                own = [r for r in runs if r["arm"] == name and r["phase"] == phase]
+                own = sorted((r for r in runs if r["arm"] == name and r["phase"] == phase), key=lambda r: r["rate"])
                 points = [
                     (results["base"]["nll_per_token"] - r["nll_per_token"], r["general"] - results["base"]["general"])
                     for r in own
                 ]
                 if points:
                     label = {"label": name} if phase == "selection" else {}
-                    axis.plot(*zip(*sorted(points), strict=True), style, color=color, **label)
+                    axis.plot(*zip(*points, strict=True), style, color=color, **label)
+        axis.plot([], [], "x", color="#333333", label=w["label_fresh"])
         axis.set_xlabel(w["axis_gain"])
         axis.set_ylabel(w["axis_forgot"])
         save(figure, axis, "learning.png")

@@ -13,8 +13,9 @@ import numpy as np
 from configs import handover, state
 from configs.comparison import report
 from configs.comparison.scoring import score_all
+from configs.comparison.weights import intruders_of
 from configs.evaluation import statistics
-from configs.evaluation.candidates import load_held_out
+from configs.evaluation.candidates import load_held_out, not_replayed
 from configs.evaluation.statistics import blocks
 from configs.preparation.reading import general_text
 from configs.settings import fail, say
@@ -83,42 +84,32 @@ def forgotten(sweep: dict, scores: dict, resamples: int) -> list[dict]:
     return found
 
 
-def at_equal_learning(sweep: dict, scores: dict, resamples: int) -> list[dict]:
-    """For each pair of arms: which one forgets more where both have learned the same.
+def at_equal_learning(sweep: dict, scores: dict, groups: list, resamples: int) -> list[dict]:
+    """For each pair of arms: which one forgets more where both have learned the same (statistics.at_equal_learning).
 
-    The curve of an arm is general-text loss against test gain over all its rates (selection runs, one seed each: the
-    first). The other arm's best run is compared with the curve interpolated at its gain, piece by piece; the interval
-    is that of the blocks of the text. Where the curve does not reach that gain, `outside` is true: the arm never
-    learned as much, or always learned more.
+    The curve of an arm goes through the base and all its rates; the other arm's run at its best rate is compared with
+    it (selection runs, the first seed).
     """
     if "general_nll" not in scores["base"]:
         return []
     base, found = scores["base"], []
-    weight = base["general_tokens"].astype(float)
+    weights = base["tokens"].astype(float), base["general_tokens"].astype(float)
 
-    def gain(run: dict) -> float:
-        return float((base["nll"] - scores[run["folder"]]["nll"]).sum() / base["tokens"].sum())
+    def point(run: dict) -> tuple[np.ndarray, np.ndarray]:
+        return scores[run["folder"]]["nll"], scores[run["folder"]]["general_nll"]
 
     def curve(name: str) -> list[dict]:
-        return sorted((run for run in arm_runs(sweep, name, "selection") if run["seed"] == 1), key=gain)
+        runs = [run for run in arm_runs(sweep, name, "selection") if run["seed"] == 1]
+        return sorted(runs, key=lambda run: run["rate"])
 
     for a in sweep["plan"]["arms"]:
         for b in sweep["plan"]["arms"]:
-            points, own = curve(b), [run for run in curve(a) if run["rate"] == sweep["selection"][a]["rate"]]
-            if a == b or len(points) < 2 or not own:
-                continue
-            x, gains = gain(own[0]), [gain(run) for run in points]
-            record = {"a": a, "b": b, "gain": x, "outside": not gains[0] <= x <= gains[-1]}
-            if not record["outside"]:
-                right = max(int(np.searchsorted(gains, x)), 1)
-                left_gain, right_gain = gains[right - 1], gains[right]
-                part = (x - left_gain) / (right_gain - left_gain) if right_gain > left_gain else 0.0
-                before, after = (scores[points[i]["folder"]]["general_nll"] for i in (right - 1, right))
-                on_curve = (1 - part) * before + part * after
-                mine = scores[own[0]["folder"]]["general_nll"]
-                outcome = statistics.compare(mine, on_curve, weight, blocks(len(weight)), resamples, 0)
-                record |= {key: outcome[key] for key in ("difference", "ci95", "p_value")}
-            found.append(record)
+            own = [run for run in curve(a) if run["rate"] == sweep["selection"][a]["rate"]]
+            if a != b and own and curve(b):
+                points = [(base["nll"], base["general_nll"]), *map(point, curve(b))]
+                both = groups, blocks(len(weights[1]))
+                outcome = statistics.at_equal_learning(point(own[0]), points, weights, both, min(resamples, 2000), 0)
+                found.append({"a": a, "b": b, **outcome})
     return found
 
 
@@ -182,21 +173,27 @@ def analyse(sweep: dict, scores: dict, groups: list, resamples: int, share: floa
         "comparisons": compare_arms(sweep, scores, groups, resamples),
         "shares": shares(sweep, scores, groups, share),
         "forgetting": forgotten(sweep, scores, resamples),
-        "equal_learning": at_equal_learning(sweep, scores, resamples),
+        "equal_learning": at_equal_learning(sweep, scores, groups, resamples),
         "costs": costs(sweep),
         "withheld": withheld(sweep),
         "test_rows": len(base["nll"]),
         "test_groups": len(set(groups)),
         "margins": {"share": share, "perplexity": PERPLEXITY},
+        "weights": None,
     }
 
 
+def best_runs(sweep: dict) -> dict[str, dict | None]:
+    """{arm: its fresh run with the lowest validation loss, None where none came through}."""
+    fresh = {name: arm_runs(sweep, name, "seeds") for name in sweep["plan"]["arms"]}
+    return {name: min(runs, key=lambda run: run["eval_loss"], default=None) for name, runs in fresh.items()}
+
+
 def remove_weights(sweep: dict) -> None:
-    """The weights of all runs but each arm's best fresh one; their logs and scores stay."""
+    """The weights of all runs that were scored but each arm's best fresh one; their logs and scores stay."""
+    best = best_runs(sweep)
     for name, arm in sweep["plan"]["arms"].items():
-        fresh = arm_runs(sweep, name, "seeds")
-        best = min(fresh, key=lambda run: run["eval_loss"], default=None)
-        for run in (run for run in sweep["runs"].values() if run["arm"] == name and run is not best):
+        for run in (run for run in sweep["runs"].values() if run["arm"] == name and run is not best[name]):
             shutil.rmtree(Path(run["folder"]) / state.final_folder(arm["method"]), ignore_errors=True)
 
 
@@ -208,13 +205,18 @@ def main() -> None:
         run["method"] = sweep["plan"]["arms"][run["arm"]]["method"]
     manifest = handover.read_manifest(given.data_dir)
     held_out = load_held_out(SimpleNamespace(DATA_DIR=given.data_dir, MAX_EVAL_SAMPLES=None), manifest)
-    general = general_text(given.general_text)
     runs = [run for run in sweep["runs"].values() if run["state"] == "done"]
+    folders = [Path(run["folder"]) for run in sweep["runs"].values()]
+    general = not_replayed(general_text(given.general_text), given.general_text, folders)
     if not runs:
         why = next((run["why"] for run in sweep["runs"].values() if run.get("why")), "nothing was run")
         fail(f"no run of the sweep came to its end ({why}); see the output.txt of each run in {folder}")
     scores = score_all(given, runs, held_out, general, manifest["settings"]["PROMPT_FORMAT"])
+    if given.only_score:
+        return remove_weights(sweep)
     results = analyse(sweep, scores, held_out.groups, given.resamples, given.share)
+    if given.weights:
+        results["weights"] = intruders_of(best_runs(sweep), given.model_name, given.model_revision)
     with handover.replacing(folder) as new:
         handover.write_json(new / "sweep_results.json", results)
         report.write(results, new, given.language)

@@ -11,6 +11,7 @@ import torch
 from configs import chat, device, models, state
 from configs.evaluation.candidates import Candidate, HeldOut, load_tokenizers
 from configs.evaluation.scoring import better_form, load_model, pieces, score
+from configs.settings import command, fail
 
 SCORES = "scores.npz"
 
@@ -55,6 +56,12 @@ def score_all(
         if (scores := read(folders[candidate.label], belongs)) is not None:
             found[candidate.label] = scores
     missing = [c for c in candidates if c.label not in found]
+    if gone := [c for c in missing if c.label != "base" and not Path(c.own_folder).is_dir()]:
+        fail(
+            f"{gone[0].label} and {len(gone) - 1} more runs were scored on another test split or general text, and "
+            "their weights were removed then; give the same --general_text, or sweep again: "
+            f"{command('run_all.py', '--rerun')}"
+        )
     dtype, loaded, model = device.scoring_precision(given.precision), None, None
     # those that share the base's weights stand together: the base itself, then LoRA over it, then LoRA over 4 bits
     for candidate in load_tokenizers(sorted(missing, key=lambda c: (c.folder, c.four_bit)), settings, prompt_format):

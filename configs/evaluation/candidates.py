@@ -1,5 +1,6 @@
 """What there is to compare: the models on this machine with their logs, and the rows that they are tested on."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 
 from safetensors import safe_open
+from transformers.utils import CHAT_TEMPLATE_FILE
 
-from configs import chat, handover, hub, models
+from configs import chat, handover, hub, models, state
 from configs.evaluation.report import Note, load_words, sentence
 from configs.handover import FULL, LORA, PREPARE
 from configs.settings import command, fail
+from configs.text import quoted
 
 # method -> the script that trains it, and the folder that it leaves in its OUTPUT_DIR
 TRAINED = {"lora": (LORA, "final_lora_adapter"), "full": (FULL, "final_model")}
@@ -23,7 +26,8 @@ TRAINED = {"lora": (LORA, "final_lora_adapter"), "full": (FULL, "final_model")}
 class Candidate:
     """A model that is measured.
 
-    label: its name in the results, unique. method: "base", "lora" or "full". folder: a folder or Hub name with its
+    label: its name in the results, unique. method: "base", "lora", "full", "merged" (LoRA's merged_model) or "other"
+    (one of CANDIDATES). folder: a folder or Hub name with its
     weights; LoRA's are the base's. adapter: LoRA's own folder. four_bit: whether the weights are held in 4 bits.
     tokenizer: with the chat template that the model was trained with. log: training_log.json, None for a base.
     """
@@ -39,12 +43,20 @@ class Candidate:
     @property
     def weights(self) -> tuple[str, bool]:
         """Candidates with the same weights are served by one copy in memory."""
-        return self.folder, self.four_bit
+        # a second adapter would lie over LoRA's
+        return f"{self.folder} {self.adapter}" if self.method == "other" else self.folder, self.four_bit
 
     @property
     def is_control(self) -> bool:
         """True for the base in LoRA's 4 bits: scored only to tell what the 4 bits cost; it answers nothing."""
         return self.method == "base" and self.four_bit
+
+    @property
+    def taught(self) -> bool:
+        """Whether it is known to have learned its chat template: it was trained here, or its folder brings one."""
+        return self.log is not None or (
+            self.method == "other" and (Path(self.own_folder) / CHAT_TEMPLATE_FILE).exists()
+        )
 
     @property
     def own_folder(self) -> str:
@@ -54,8 +66,10 @@ class Candidate:
     @property
     def remedy(self) -> str:
         """What a user can do where it is damaged."""
-        if self.method == "base":
+        if self.method in ("base", "other"):
             return "get it anew, or name another one"
+        if self.method == "merged":
+            return f"make it anew with: {command(LORA, '--merge_adapter', 'true', '--rerun')}"
         return f"make it anew with: {command(TRAINED[self.method][0], '--rerun')}"
 
 
@@ -67,6 +81,7 @@ def find_candidates(settings) -> tuple[list[Candidate], list[Note]]:
     Raises: SystemExit(2) when nothing was trained, or a model is damaged, is being trained, or has another base.
     """
     candidates, notes, problems = [Candidate("base", "base", settings.MODEL_NAME)], [], []
+    later: list[Candidate] = []
     for method, output in (("lora", settings.LORA_DIR), ("full", settings.FULL_DIR)):
         script, name = TRAINED[method]
         output, final = Path(output), Path(output) / name
@@ -84,11 +99,36 @@ def find_candidates(settings) -> tuple[list[Candidate], list[Note]]:
             if four_bit:
                 candidates.append(Candidate("base_4bit", "base", settings.MODEL_NAME, four_bit=True))
             candidates.append(Candidate("lora", "lora", settings.MODEL_NAME, str(final), four_bit, log=log))
+            if (merged := output / "merged_model").is_dir():
+                later.append(Candidate("merged", "merged", str(merged), log=log))
+    candidates += later
+    for given in settings.CANDIDATES or []:
+        name, _, folder = given.partition("=")
+        path = hub.local_path(folder.strip()) if folder.strip() else None
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name.strip()) or path is None or not path.is_dir():
+            problems.append(
+                f"CANDIDATES: {quoted(given)} is not name=folder with a folder that is there, such as "
+                "mine=outputs/mine/final_model; a name has letters, digits, -, _ and . only"
+            )
+        elif name.strip() in {*load_words("en"), *(c.label for c in candidates)}:
+            problems.append(f"CANDIDATES: the name {name.strip()!r} is taken; give the model another one")
+        else:
+            candidates.append(other(name.strip(), path, settings, problems))
     if problems:
         fail(*problems)
     if len(candidates) == 1:
         fail(*(sentence(note, load_words("en")) for note in notes))
     return candidates, notes
+
+
+def other(name: str, folder: Path, settings, problems: list[str]) -> Candidate:
+    """One of CANDIDATES: a model, or an adapter of the same base, as the files in its folder say."""
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if fault := damaged(folder, "lora" if is_adapter else "full", settings):
+        problems.append(f"CANDIDATES: {folder} {fault}; get it anew, or leave {name} out")
+    if is_adapter:
+        return Candidate(name, "other", settings.MODEL_NAME, str(folder))
+    return Candidate(name, "other", str(folder))
 
 
 def problem_of(log: object, method: str, output: Path, final: Path, settings) -> str:
@@ -158,15 +198,19 @@ def damaged(final: Path, method: str, settings) -> str:
 
 def load_tokenizers(candidates: list[Candidate], settings, prompt_format: str) -> list[Candidate]:
     """The candidates with their tokenizers: a trained one brings its template, a base gets that of the data."""
-    tokenizers = {}
+    tokenizers, found = {}, []
     for candidate in candidates:
         source, trained = candidate.own_folder, candidate.log is not None
+        if candidate.method == "other" and not any(Path(source).glob("tokenizer*")):  # an adapter may have none
+            source = settings.MODEL_NAME
         if source not in tokenizers:
-            revision, form = (None, "auto") if trained else (settings.MODEL_REVISION, prompt_format)
+            revision = settings.MODEL_REVISION if source == settings.MODEL_NAME else None
+            form = "auto" if trained else prompt_format
             tokenizers[source] = chat.load_tokenizer(source, revision, form, mend=candidate.remedy)
             with models.loading(source, candidate.remedy):
                 chat.answer_end(tokenizers[source])
-    return [replace(candidate, tokenizer=tokenizers[candidate.own_folder]) for candidate in candidates]
+        found.append(replace(candidate, tokenizer=tokenizers[source]))
+    return found
 
 
 def cost(candidate: Candidate) -> dict | None:
@@ -301,7 +345,7 @@ def unsound(candidates: list[Candidate], manifest: dict, held_out: HeldOut) -> l
     """
     notes = []
     for candidate in candidates:
-        if candidate.log is None:
+        if candidate.method not in TRAINED:
             continue
         again = {"name": candidate.label, "command": command(TRAINED[candidate.method][0])}
         summary = candidate.log["summary"]
@@ -314,6 +358,28 @@ def unsound(candidates: list[Candidate], manifest: dict, held_out: HeldOut) -> l
         if summary["status"] != "done":
             notes.append(("stopped_early", again | {"status": summary["status"], "steps": summary["steps"]}))
     return notes
+
+
+def not_replayed(texts: list[str], name: str | None, folders: list[Path]) -> list[str]:
+    """The paragraphs of the general text `name` by which forgetting is measured, the same for every model.
+
+    Where a model was trained with some of the same text (REPLAY_FRACTION), which takes every second paragraph, these
+    are the others. folders: OUTPUT_DIRs of the trainings; a paragraph that one of them had among its rows is left out.
+    Raises: SystemExit(2) where none remains.
+    """
+    settings = [state.training_log(folder).get("settings", {}) for folder in folders]
+    replayed = {hub.model_path(own["REPLAY_TEXT"]) for own in settings if own.get("REPLAY_FRACTION")}
+    if not texts or not replayed:
+        return texts
+    left = texts[::2] if hub.model_path(name) in replayed else texts
+    seen: set[str] = set()
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            trained = json.loads((folder / handover.TRAINED_ROWS).read_text("utf-8"))["train"]
+            pairs = zip(trained["id"], trained["question"], strict=True)
+            seen.update(question for id, question in pairs if id.startswith("replay-"))
+    left = [text for text in left if handover.text_hash(text) not in seen]
+    return left or fail(f"GENERAL_TEXT {name!r}: every paragraph of it was among the training rows; give another text")
 
 
 def leaks(candidate: Candidate, held_out: HeldOut) -> set[str] | None:

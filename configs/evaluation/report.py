@@ -58,7 +58,8 @@ def verdict(results: dict, pairs: list[tuple[str, str]], words: dict) -> str:
 
 # --- plots
 
-COLORS = {"base": "#777777", "lora": "#4477aa", "full": "#cc6677"}
+COLORS = {"base": "#777777", "lora": "#4477aa", "full": "#cc6677", "merged": "#66ccee"}
+OTHERS = "#228833"  # the colour of CANDIDATES
 LABELS = {"base": "base", "lora": "LoRA", "full": "full"}
 # what a training took: key in `cost`, label, what it is divided by
 COSTS = (
@@ -93,7 +94,7 @@ def plots(results: dict, histories: dict[str, list[dict]], folder: Path) -> list
     save(figure, "perplexity.png")
     if any(metric == "forgetting" for _, metric in against_base):
         figure, axis = pyplot.subplots(figsize=(6, 3.6))
-        draw_forgetting(axis, against_base, list(histories))
+        draw_forgetting(axis, against_base, [name for name in models if (name, "forgetting") in against_base])
         save(figure, "forgetting.png")
     figure, axis = pyplot.subplots(figsize=(6, 3.2))
     for name, history in histories.items():
@@ -110,8 +111,8 @@ def draw_perplexity(axis, models: dict) -> None:
     """Perplexity of each model with its 95 % interval."""
     for name, m in models.items():
         spread = np.abs(np.exp(m["nll_ci95"]) - m["perplexity"])[:, None]
-        place = (LABELS[name], m["perplexity"])
-        axis.errorbar(*place, spread, fmt="o", color=COLORS[name], capsize=5)
+        place = (LABELS.get(name, name), m["perplexity"])
+        axis.errorbar(*place, spread, fmt="o", color=COLORS.get(name, OTHERS), capsize=5)
         axis.annotate(f"{m['perplexity']:.2f}", place, (10, 0), textcoords="offset points", va="center")
     values = [m["perplexity"] for m in models.values()]
     if max(values) > 10 * min(values):
@@ -132,8 +133,8 @@ def draw_forgetting(axis, against_base: dict, names: list[str]) -> None:
     for name in names:
         learned, dx = bar(against_base[name, "nll_per_token"], -1)
         forgot, dy = bar(against_base[name, "forgetting"], 1)
-        axis.errorbar(learned, forgot, dy, dx, fmt="o", color=COLORS[name], capsize=4)
-        axis.annotate(LABELS[name], (learned, forgot), (6, 6), textcoords="offset points")
+        axis.errorbar(learned, forgot, dy, dx, fmt="o", color=COLORS.get(name, OTHERS), capsize=4)
+        axis.annotate(LABELS.get(name, name), (learned, forgot), (6, 6), textcoords="offset points")
     axis.axhline(0, color="#cccccc", zorder=0)
     axis.axvline(0, color="#cccccc", zorder=0)
     axis.set_xlabel("learned: nats per token gained on the test split")
@@ -149,7 +150,8 @@ def draw_cost(axes, models: dict) -> None:
         for name, m in known.items():
             spread = np.abs(np.array(m["nll_ci95"]) - m["nll_per_token"])[:, None]
             place = (m["cost"][key] / unit, m["nll_per_token"])
-            axis.errorbar(*place, spread, fmt="o", color=COLORS[name], capsize=4, label=LABELS[name])
+            color, label = COLORS.get(name, OTHERS), LABELS.get(name, name)
+            axis.errorbar(*place, spread, fmt="o", color=color, capsize=4, label=label)
         axis.set_xlim(0, 1.15 * max((m["cost"][key] for m in known.values()), default=1) / unit or 1)
         axis.set_xlabel(what)
     axes[0].set_ylabel("nats per token of the answers\n(lower is better)")
@@ -178,6 +180,7 @@ def write_report(results: dict, examples: list[dict], images: list[str], folder:
         keep_trailing_newline=True,
     )
     words = load_words(language)
+    words |= {name: name for name in [*results["models"], *results["metrics"]] if name not in words}
     templates.filters["cell"] = cell
     templates.filters["p"] = p_text
     templates.filters["say"] = lambda note: sentence(note, words)
@@ -258,7 +261,7 @@ def summary_table(results: dict, words: dict) -> str:
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     grid.add_column("")
     for name in models:
-        grid.add_column(words[name], justify="right", no_wrap=True)
+        grid.add_column(words.get(name, name), justify="right", no_wrap=True)
     is_judged = results["judge"] and not results["judge"]["withheld"]
     helpful = words["helpfulness_judge"] if is_judged else words["helpfulness_proxy"]
     lines = [("perplexity", "perplexity", ".2f"), ("bits_per_byte", "bits_per_byte", ".3f")]

@@ -37,7 +37,7 @@ def load_model(candidates: list, dtype: torch.dtype, revision: str | None) -> Pr
     gc.collect()
     torch.cuda.empty_cache()
     candidate, options = candidates[0], {}
-    source, revision = candidate.folder, revision if candidate.method in ("base", "lora") else None
+    source, revision = candidate.folder, revision if candidate.method == "base" or candidate.adapter else None
     # sdpa is transformers' own choice, for every model that has it; asked for by name, it refuses the others (Gemma 2)
     if (attention := device.attention(dtype)) != "sdpa":
         options["attn_implementation"] = attention

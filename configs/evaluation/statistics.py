@@ -264,6 +264,48 @@ def share_kept(
     }
 
 
+def at_equal_learning(
+    own: tuple[np.ndarray, np.ndarray],
+    curve: list[tuple[np.ndarray, np.ndarray]],
+    weights: tuple[np.ndarray, np.ndarray],
+    groups: tuple[list, list],
+    resamples: int,
+    seed: int,
+) -> dict:
+    """How much more one run has forgotten than another method would have where it had learned as much.
+
+    own: (nll of the test rows, nll of the pieces of the general text) of the run; curve: the same of the other method,
+    first of the base and then of its runs from the lowest learning rate to the highest; weights and groups: tokens and
+    groups of the test rows and of the pieces. What a run has gained is the base's test loss minus its own. The other
+    method's loss on the general text is interpolated at the gain of `own`, linearly, on the first stretch of its curve
+    that reaches it. The interval is that of a bootstrap over groups of test rows and of pieces at once, so that it
+    has the uncertainty of the gains, too; its percentiles are widened as in `resample`. `outside` is true, and nothing
+    else is given, where no stretch reaches that gain: the other method never learned as much.
+    """
+    portions, columns = [], [own, *curve]
+    for part in (0, 1):
+        place, drawn, tails = resample(groups[part], resamples, seed + part)
+        counts = np.vstack([np.ones((1, int(place.max()) + 1)), *drawn])  # the first row is what was observed
+        sums = [np.bincount(place, column[part]) for column in columns]
+        portions.append(counts @ np.array(sums).T / (counts @ np.bincount(place, weights[part]))[:, None])
+    test, text = portions
+    gain, forgot = test[:, 1:2] - test, text - text[:, 1:2]
+    x, found = gain[:, 0], np.full(len(gain), np.nan)
+    for left in range(1, len(columns) - 1):
+        low, high = gain[:, left], gain[:, left + 1]
+        reached = np.isnan(found) & (np.minimum(low, high) <= x) & (x <= np.maximum(low, high)) & (low != high)
+        part = np.divide(x - low, high - low, out=np.zeros_like(x), where=low != high)
+        found = np.where(reached, forgot[:, left] + part * (forgot[:, left + 1] - forgot[:, left]), found)
+    record = {"gain": float(x[0]), "outside": bool(np.isnan(found[0]))}
+    if record["outside"]:
+        return record
+    # where a sample's curve ends just short of the gain, its furthest point stands for it
+    furthest = np.take_along_axis(forgot[:, 1:], gain[:, 1:].argmax(axis=1)[:, None], 1)[:, 0]
+    differences = forgot[:, 0] - np.where(np.isnan(found), furthest, found)
+    ends = np.percentile(differences[1:], tails)
+    return record | {"difference": float(differences[0]), "ci95": [float(end) for end in ends]}
+
+
 def standing(ci95: list[float], margin: float) -> str:
     """What an interval of a difference in nll (positive: worse) says beside a margin, in nats per token.
 

@@ -290,48 +290,73 @@ def looks_like_lines(first: str, rest: Iterable[str]) -> bool:
 # --- general text
 
 
-def general_text(name: str | None) -> list[str]:
-    """The paragraphs of the file GENERAL_TEXT, or up to 200 texts of that Hub data set; [] where it is None.
+READ_AT_MOST = 100_000  # rows of a split of a Hub data set from which the general text is taken
+
+
+def general_text(
+    name: str | None,
+    flag: str = "GENERAL_TEXT",
+    order: tuple[str, ...] = ("test", "validation", "train"),
+    count: int = 200,
+) -> list[str]:
+    """The paragraphs of a file, or `count` texts of a Hub data set (fewer where it has fewer); [] where name is None.
 
     Where no line of the file is empty, each line is a paragraph.
-    Of a data set: column text (or the first one of strings) of its split test, else validation, else train.
+    Of a data set: column text (or the first one of strings) of the first of these splits that it has, evenly over
+    the split (over its first 100,000 rows, where it has more). flag: the setting that gave the name.
     """
     if name is None:
         return []
-    mend = "give a text file, a Hub data set with a text column (owner/name#config), or: --general_text none"
+    no = "--general_text none" if flag == "GENERAL_TEXT" else "--replay_fraction 0"
+    mend = f"give a text file, a Hub data set with a text column (owner/name#config), or: {no}"
     path = hub.local_path(name)
     if path is None:
         repo, _, config = name.partition("#")
         if not hub.is_hub_name(repo):
-            fail(f"GENERAL_TEXT {quoted(name)}: there is no such file; {mend}")
+            fail(f"{flag} {quoted(name)}: there is no such file; {mend}")
         from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
 
-        with hub.hub_errors("data set", repo, "GENERAL_TEXT") as check_files:
+        with hub.hub_errors("data set", repo, flag) as check_files:
             try:
                 configs = get_dataset_config_names(repo)
                 if config not in configs and (config or len(configs) > 1):
                     known = ", ".join(configs[:12])
-                    fail(f"GENERAL_TEXT {name!r}: choose one of its configurations, {repo}#...: {known}")
+                    fail(f"{flag} {name!r}: choose one of its configurations, {repo}#...: {known}")
                 config = config or configs[0]
                 splits = get_dataset_split_names(repo, config)
-                split = next((s for s in ("test", "validation", "train") if s in splits), splits[0])
+                split = next((s for s in order if s in splits), splits[0])
                 rows = load_dataset(repo, config, split=split, streaming=True, trust_remote_code=hub.TRUST_REMOTE_CODE)
             except ValueError as error:
                 check_files()
-                fail(f"GENERAL_TEXT {name!r} cannot be read ({str(error).splitlines()[0]}); {mend}")
-            texts = []
-            for row in rows:
-                text = row.get("text") or next((v for v in row.values() if isinstance(v, str)), "")
-                texts += [text.strip()] if len(text.split()) >= 8 or len(text) >= 40 else []
-                if len(texts) == 200:
-                    break
-        return texts or fail(f"GENERAL_TEXT {name!r} holds no text; {mend}")
+                fail(f"{flag} {name!r} cannot be read ({str(error).splitlines()[0]}); {mend}")
+            texts = evenly(filter(None, map(text_of, itertools.islice(rows, READ_AT_MOST))), count)
+        return texts or fail(f"{flag} {name!r} holds no text; {mend}")
     if not path.is_file():
-        fail(f"GENERAL_TEXT {name!r} is no file; {mend}")
+        fail(f"{flag} {name!r} is no file; {mend}")
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
         gap = r"\n\s*\n" if re.search(r"\n\s*\n", text) else "\n"
         texts = [p.strip() for p in re.split(gap, text) if p.strip()]
     except UnicodeDecodeError as error:
-        fail(f"GENERAL_TEXT {name!r} is not UTF-8 text ({error.reason}); {mend}")
-    return texts or fail(f"GENERAL_TEXT {name!r} is empty; {mend}")
+        fail(f"{flag} {name!r} is not UTF-8 text ({error.reason}); {mend}")
+    return texts or fail(f"{flag} {name!r} is empty; {mend}")
+
+
+def text_of(row: dict) -> str:
+    """The text of a data set's row; "" where it is a heading at most."""
+    text = row.get("text") or next((value for value in row.values() if isinstance(value, str)), "")
+    return text.strip() if len(text.split()) >= 8 or len(text) >= 40 else ""
+
+
+def evenly(items: Iterable, count: int) -> list:
+    """`count` of these items, spread evenly, however many there are; all of them where they are fewer.
+
+    No more than 2 x count are held at once: where they become more, every second one goes, and so do those to come.
+    """
+    kept, step = [], 1
+    for number, item in enumerate(items):
+        if number % step == 0:
+            kept.append(item)
+            if len(kept) == 2 * count:
+                kept, step = kept[::2], 2 * step
+    return [kept[i * len(kept) // count] for i in range(count)] if len(kept) > count else kept

@@ -40,6 +40,11 @@ def problems(settings: dict) -> list[str]:
             f"SAVE_STEPS ({settings['SAVE_STEPS']}) must equal EVAL_STEPS ({settings['EVAL_STEPS']}), so that the "
             f"best model that was evaluated is also saved: --save_steps {settings['EVAL_STEPS']}"
         )
+    if settings["REPLAY_FRACTION"] and not settings["REPLAY_TEXT"]:
+        wrong.append(
+            f"REPLAY_FRACTION is {settings['REPLAY_FRACTION']}, but REPLAY_TEXT names no text; give a file or a Hub "
+            "data set, e.g. --replay_text Salesforce/wikitext#wikitext-2-raw-v1, or: --replay_fraction 0"
+        )
     rows = settings["BATCH_SIZE"] * settings["GRADIENT_ACCUMULATION_STEPS"]
     if rows > MOST_ROWS:
         wrong.append(

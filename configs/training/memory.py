@@ -45,6 +45,7 @@ class Plan:
     parts: dict[str, int]
     free: int
     disk: int
+    kept: int
     attention: str
     packing: bool
     precision: str = "fp32"
@@ -92,10 +93,10 @@ class Plan:
 
     def table(self) -> str:
         """The plan for people."""
-        free = device.size(self.free)
+        free, kept = device.size(self.free), device.size(self.kept)
         lines = [f"  {name:16} {device.size(bytes_):>11}" for name, bytes_ in self.parts.items()]
         lines += [f"  {'together':16} {device.size(self.total):>11} of {free} that are free"]
-        lines += [f"  {'disk':16} {device.size(self.disk):>11} for checkpoints and the result"]
+        lines += [f"  {'disk':16} {device.size(self.disk):>11} for checkpoints and the result, {kept} of it stays"]
         return "\n".join([*lines, *(f"  chosen: {reason}" for reason in self.reasons)])
 
 
@@ -235,10 +236,11 @@ def _make_plan(settings, config, dtype: torch.dtype, length: int, adapter, free:
                 break
         if fits:
             break
-    disk = disk_bytes(sizes, settings, lora, optim, half)
+    kept = result_bytes(sizes, settings, lora)
+    disk = kept + disk_bytes(sizes, settings, optim, half)
     why = (*reasons(settings, on, optim, half, tokens, before), f"packing {'on' if packed else 'off'}: {why_packed}")
     choices = (on, optim, half, tokens, rows)
-    plan = Plan(*choices, planned, free, disk, implementation, packed, NAMES[dtype], why, sizes.total)
+    plan = Plan(*choices, planned, free, disk, kept, implementation, packed, NAMES[dtype], why, sizes.total)
     method = "LoRA" if lora else "full"
     say(f"memory plan, {method}, passes of up to {tokens:,} tokens, rows of up to {length:,}:\n{plan.table()}")
     if plan.total > free and before:
@@ -364,8 +366,14 @@ def checkpoint_bytes(output_dir: str) -> int:
     return sum(p.stat().st_size for p in Path(output_dir).glob("checkpoint-*/**/*") if p.is_file())
 
 
-def disk_bytes(sizes: Sizes, settings, lora: bool, optim: str, half: bool) -> int:
-    """Bytes of all checkpoints that lie there at once, one of them being written, and of the final model."""
+def result_bytes(sizes: Sizes, settings, lora: bool) -> int:
+    """Bytes of the final model, and of merged_model where it is wanted."""
+    merged = sizes.total * 2 if not lora or settings.MERGE_ADAPTER else 0
+    return merged + (sizes.trainable * 4 if lora else 0)
+
+
+def disk_bytes(sizes: Sizes, settings, optim: str, half: bool) -> int:
+    """Bytes of all checkpoints that lie there at once, one of them being written."""
     checkpoint = sizes.trainable * ((2 if half else 4) + STATE_BYTES.get(optim, 8))
     # a checkpoint holds what is trained and the optimizer's states; a new one is written before an old one goes
     copies = max(settings.SAVE_TOTAL_LIMIT, 2) + 1  # the best one and the last one always stay
@@ -373,5 +381,4 @@ def disk_bytes(sizes: Sizes, settings, lora: bool, optim: str, half: bool) -> in
         copies = min(copies, math.ceil(1 / settings.SAVE_STEPS))
     elif settings.MAX_STEPS:  # the last step is always saved
         copies = min(copies, math.ceil(settings.MAX_STEPS / settings.SAVE_STEPS))
-    merged = sizes.total * 2 if not lora or settings.MERGE_ADAPTER else 0
-    return copies * checkpoint + merged + (sizes.trainable * 4 if lora else 0)
+    return copies * checkpoint
