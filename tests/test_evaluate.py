@@ -749,7 +749,7 @@ def test_the_files_are_these_and_no_others(evaluated):
         "plots",
     }
     pictures = sorted((outputs / "plots").iterdir())
-    assert [p.name for p in pictures] == ["cost.png", "forgetting.png", "loss_curves.png", "perplexity.png"]
+    assert [p.name for p in pictures] == ["cost.png", "differences.png", "forgetting.png", "loss_curves.png"]
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG\r\n") and picture.stat().st_size > 5000
 
@@ -1018,7 +1018,7 @@ HOSTILE = [
     "**bold** __under__ *it* ~~gone~~ $x^2$ ==mark==",
     r"\| \` \< \\| \[x\](y)",
     "&lt;script&gt; &amp; &#60;b&#62; &nbsp; &#x3c;i>",
-    'src="plots/perplexity.png" src="plots/loss_curves.png"',
+    'src="plots/differences.png" src="plots/loss_curves.png"',
     "{{ settings }} {% raw %} {# x #} ${y}",
     "> quote",
     "1. one",
@@ -1057,7 +1057,7 @@ def report_of(results: dict, folder: Path, texts: list[str], name: str) -> tuple
         {"prompt": f"Q: {text}", "reference": text, "base": text, "lora": text, "full": text} for text in texts
     ]
     (folder / "plots").mkdir(parents=True)
-    images = ["perplexity.png", "loss_curves.png"]
+    images = ["differences.png", "loss_curves.png"]
     for image in images:
         (folder / "plots" / image).write_bytes(b"\x89PNG")
     write_report(shown(results, warnings=results["warnings"]), examples, images, folder, "en")
@@ -1543,7 +1543,7 @@ def test_both_languages_have_the_same_sentences_with_the_same_gaps(script):
 
 def test_the_chinese_report_says_the_same(results, evaluated, tmp_path):
     shutil.copytree(evaluated[0] / "outputs/plots", tmp_path / "plots")
-    images = ["perplexity.png", "forgetting.png", "loss_curves.png", "cost.png"]
+    images = ["differences.png", "forgetting.png", "loss_curves.png", "cost.png"]
     write_report(shown(results, "zh"), [], images, tmp_path, "zh")
     page = (tmp_path / "evaluation_report.html").read_text("utf-8")
     english = Page((evaluated[0] / "outputs/evaluation_report.html").read_text("utf-8"))

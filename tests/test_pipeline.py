@@ -159,7 +159,7 @@ def test_the_evaluation_leaves_its_artefacts(pipeline):
     made = {"evaluation_results.json", "evaluation_examples.jsonl", "evaluation_report.md"}
     made |= {"evaluation_report.html", "plots"}
     assert names(folder) - {".lock"} == made | {"lora_model", "full_model"}
-    assert names(folder / "plots") == {"perplexity.png", "loss_curves.png", "cost.png"}
+    assert names(folder / "plots") == {"differences.png", "loss_curves.png", "cost.png"}
     results = read(folder / "evaluation_results.json")
     assert list(results["models"]) == ["base", "lora", "full"]
     assert {"environment", "settings", "data", "comparisons", "warnings"} <= results.keys()

@@ -90,7 +90,7 @@ def run_sweep(settings, flags: dict[str, list[str]], values: dict[str, dict], gp
             for rate in grid(arm.method, width):
                 for seed in range(1, settings.SELECTION_SEEDS + 1):
                     sweep.add(arm, rate, seed, "selection")
-        total = len(sweep.runs) + len(arms) * settings.SEEDS
+        total = sum(run["phase"] == "selection" for run in sweep.runs.values()) + len(arms) * settings.SEEDS
         if values["lora"].get("PLAN_ONLY"):
             for run in sweep.runs.values():
                 print(shlex.join(["python", *words_of(sweep, run, train_rows)]))
@@ -134,7 +134,9 @@ def announce(sweep: Sweep, settings, train_rows: int, width: int, total: int) ->
     )
     for arm in arms:
         say(f"  {arm.name}: {arm.method}, rates {', '.join(f'{rate:.1e}' for rate in grid(arm.method, width))}")
-    if not over:
+    if settings.SWEEP_EXECUTOR == "slurm":
+        say("disk and memory are not checked: they are those of the machines that the jobs will get")
+    elif not over:
         needed = check_arms(sweep, train_rows, settings.SEEDS)
         say(f"disk: up to {max(needed / 1e9, 0.1):.1f} GB; time: told after the first run, and after each one")
 

@@ -89,9 +89,10 @@ def plots(results: dict, histories: dict[str, list[dict]], folder: Path) -> list
         pyplot.close(figure)
         names.append(name)
 
-    figure, axis = pyplot.subplots(figsize=(6, 3.2))
-    draw_perplexity(axis, models)
-    save(figure, "perplexity.png")
+    compared = [c for c in results["comparisons"] if c["metric"] == "nll_per_token" and c["a"] != "base_4bit"]
+    figure, axis = pyplot.subplots(figsize=(6, 0.8 + 0.4 * len(compared)))
+    draw_differences(axis, compared)
+    save(figure, "differences.png")
     if any(metric == "forgetting" for _, metric in against_base):
         figure, axis = pyplot.subplots(figsize=(6, 3.6))
         draw_forgetting(axis, against_base, [name for name in models if (name, "forgetting") in against_base])
@@ -107,18 +108,21 @@ def plots(results: dict, histories: dict[str, list[dict]], folder: Path) -> list
     return names
 
 
-def draw_perplexity(axis, models: dict) -> None:
-    """Perplexity of each model with its 95 % interval."""
-    for name, m in models.items():
-        spread = np.abs(np.exp(m["nll_ci95"]) - m["perplexity"])[:, None]
-        place = (LABELS.get(name, name), m["perplexity"])
-        axis.errorbar(*place, spread, fmt="o", color=COLORS.get(name, OTHERS), capsize=5)
-        axis.annotate(f"{m['perplexity']:.2f}", place, (10, 0), textcoords="offset points", va="center")
-    values = [m["perplexity"] for m in models.values()]
-    if max(values) > 10 * min(values):
-        axis.set_yscale("log")
-    axis.margins(x=0.25)
-    axis.set_ylabel("perplexity (lower is better)")
+def draw_differences(axis, comparisons: list[dict]) -> None:
+    """Each pair's difference in nats per token with its 95 % interval, which is that of the pairs of rows.
+
+    No picture shows the interval of a single model: those of two models overlap also where the difference is certain.
+    """
+    axis.axvline(0, color="#777777", lw=1)
+    for place, c in enumerate(reversed(comparisons)):
+        reach = np.abs(np.array(c["ci95"]) - c["difference"])[:, None]
+        axis.errorbar(
+            c["difference"], place, xerr=reach, fmt="o", capsize=4, color="#222222" if shows(c) else "#999999"
+        )
+    names = [" - ".join(LABELS.get(c[side], c[side]) for side in "ab") for c in reversed(comparisons)]
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(-0.6, len(names) - 0.4)
+    axis.set_xlabel("difference in nats per token (below 0: the first one is better)")
 
 
 def draw_forgetting(axis, against_base: dict, names: list[str]) -> None:
@@ -148,10 +152,9 @@ def draw_cost(axes, models: dict) -> None:
         axis.axhline(models["base"]["nll_per_token"], ls="--", color=COLORS["base"], label=LABELS["base"])
         known = {name: m for name, m in models.items() if m["cost"] and m["cost"][key] is not None}
         for name, m in known.items():
-            spread = np.abs(np.array(m["nll_ci95"]) - m["nll_per_token"])[:, None]
             place = (m["cost"][key] / unit, m["nll_per_token"])
             color, label = COLORS.get(name, OTHERS), LABELS.get(name, name)
-            axis.errorbar(*place, spread, fmt="o", color=color, capsize=4, label=label)
+            axis.plot(*place, "o", color=color, label=label)
         axis.set_xlim(0, 1.15 * max((m["cost"][key] for m in known.values()), default=1) / unit or 1)
         axis.set_xlabel(what)
     axes[0].set_ylabel("nats per token of the answers\n(lower is better)")

@@ -136,8 +136,37 @@ def share_part(sets: int) -> Iterator[str]:
         )
 
 
+def equal_part(sets: int) -> Iterator[str]:
+    """Forgetting at equal learning, whose truth is -0.2; beside it, the text alone, with the gains taken as exact."""
+    draw, rows, pieces = np.random.default_rng(4), 100, 200
+    curve_of = ((0, 0), (0.1, 0.02), (0.2, 0.1), (0.4, 0.5))  # (gain, forgotten) of the base and of three rates
+    weights, groups = (np.ones(rows), np.ones(pieces)), (list(range(rows)), statistics.blocks(pieces))
+    for noise in (0.05, 0.1, 0.2):  # SD of a row's own gain
+        covered, alone = [], []
+        for seed in range(sets):
+            base = draw.normal(3, 0.5, rows), draw.normal(3, 0.5, pieces)
+            curve, own = (
+                [(base[0] - g + s * draw.normal(0, noise, rows), base[1] + f + s * draw.normal(0, noise, pieces))
+                 for (g, f), s in points]
+                for points in ([(point, point != (0, 0)) for point in curve_of], [((0.3, 0.1), 1)])
+            )  # fmt: skip
+            found = statistics.at_equal_learning(own[0], curve, weights, groups, RESAMPLES, seed)
+            if found["outside"]:
+                continue
+            covered.append(found["ci95"][0] <= -0.2 <= found["ci95"][1])
+            gains = [(curve[0][0] - run[0]).mean() for run in curve]
+            part = (found["gain"] - gains[2]) / (gains[3] - gains[2])
+            on_curve = (1 - part) * curve[2][1] + part * curve[3][1]
+            low, high = statistics.compare(own[0][1], on_curve, weights[1], groups[1], RESAMPLES, seed)["ci95"]
+            alone.append(low <= -0.2 <= high)
+        yield (
+            f"gains with SD {noise:.2f}: forgetting at equal learning covered {np.mean(covered):.3f} ({len(covered)} "
+            f"of {sets} known); text alone covered {np.mean(alone):.3f}"
+        )
+
+
 def main() -> None:
-    parts = {"rows": rows_part, "seeds": seeds_part, "share": share_part}
+    parts = {"rows": rows_part, "seeds": seeds_part, "share": share_part, "equal": equal_part}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=int, default=300, help="data sets of each kind and size")
     parser.add_argument("--only", choices=list(parts), help="one of the parts")
