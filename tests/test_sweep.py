@@ -360,6 +360,27 @@ def test_blocks_are_of_equal_size_and_in_order():
     assert max(np.bincount(results.blocks(207))) - min(np.bincount(results.blocks(207))) <= 1
 
 
+def test_of_more_than_two_the_best_one_is_named_first(tmp_path):
+    sweep_, scores, groups = made_up(spread=0.002, gap=0.1)
+    plan, draw = sweep_["plan"], np.random.default_rng(5)
+    plan["arms"]["twin"] = {"method": "full", "settings": {}, "rows": 1.0}  # as good as full, and as expensive
+    sweep_["selection"]["twin"] = sweep_["selection"]["full"]
+    for key, run_ in list(sweep_["runs"].items()):
+        if run_["arm"] == "full":
+            other = key.replace("full/", "twin/")
+            sweep_["runs"][other] = {**run_, "arm": "twin", "folder": other}
+            nll = scores[key]["nll"] + draw.normal(0.02, 0.5, len(groups))
+            scores[other] = {**scores[key], "nll": nll}
+    found = results.analyse(sweep_, scores, groups, 2000, 0.95)
+    assert report.overall(found, report.words_of("en")) == (
+        "Of these 3, full has the lowest loss. Not told apart from it: twin. Surely worse: lora."
+    )
+    report.write(found, tmp_path, "zh")
+    first = (tmp_path / "sweep_report.md").read_text("utf-8").splitlines()[2]
+    assert first == "**这 3 种方法中，full 的损失最低。与它分不出高下的：twin。肯定更差的：lora。**"
+    assert not report.overall(results.analyse(*made_up(), 2000, 0.95), report.words_of("en"))
+
+
 def noisy(mean: float, count: int, draw: np.random.Generator) -> np.ndarray:
     return mean + draw.normal(0, 0.02, count)
 

@@ -44,6 +44,29 @@ def advice(results: dict, w: dict) -> list[str]:
     return lines
 
 
+def overall(results: dict, w: dict) -> str:
+    """Of more than two arms: which one has the lowest loss, and which ones are surely worse; "" for two."""
+    names = [name for name in results["arms"] if name not in results["withheld"]]
+    if len(results["arms"]) < 3 or len(names) < 2:
+        return ""
+    losses = {name: np.mean([r["nll_per_token"] for r in fresh_runs(results, name)]) for name in names}
+    best = min(losses, key=lambda name: losses[name])
+    compared = {frozenset((c["a"], c["b"])): c for c in results["comparisons"]}
+    worse, alike = [], []
+    for name in sorted(set(names) - {best}, key=lambda name: losses[name]):
+        (worse if statistics.shows(compared[frozenset((name, best))]) else alike).append(name)
+    said = w["overall"].format(count=len(results["arms"]), best=best)
+    for key, arms in (("overall_alike", alike), ("overall_worse", worse), ("overall_open", results["withheld"])):
+        said += w[key].format(arms=", ".join(arms)) if arms else ""
+    return said
+
+
+def fresh_runs(results: dict, arm: str) -> list[dict]:
+    """The scored runs of an arm with fresh seeds."""
+    runs = results["runs"].values()
+    return [r for r in runs if r["arm"] == arm and r["phase"] == "seeds" and "nll_per_token" in r]
+
+
 def advice_on(comparison: dict, results: dict, w: dict) -> str:
     a, b, (low, high) = comparison["a"], comparison["b"], comparison["ci95"]
     margin, standing = results["margins"]["perplexity"] - 1, comparison["standing"]
@@ -123,11 +146,7 @@ def arm_rows(results: dict, w: dict) -> list[dict]:
     """The lines of the table of arms."""
     rows = []
     for name, arm in results["arms"].items():
-        losses = [
-            r["nll_per_token"]
-            for r in results["runs"].values()
-            if r["arm"] == name and r["phase"] == "seeds" and "nll_per_token" in r
-        ]
+        losses = [r["nll_per_token"] for r in fresh_runs(results, name)]
         rate = results["selection"][name]["rate"]
         settings = {**arm["settings"], **({"rows": arm["rows"]} if arm["rows"] < 1 else {})}
         rows.append(
@@ -157,7 +176,8 @@ def ratios(results: dict, w: dict) -> list[str]:
 def summary(results: dict, language: str) -> str:
     """What is printed at the end."""
     w = words_of(language)
-    return "\n".join([*advice(results, w), *share_lines(results, w), *ratios(results, w)])
+    lines = [overall(results, w), *advice(results, w), *share_lines(results, w), *ratios(results, w)]
+    return "\n".join(line for line in lines if line)
 
 
 # --- plots
@@ -256,6 +276,7 @@ def write(results: dict, folder: Path, language: str) -> None:
         results,
         w=w,
         title=title,
+        overall=overall(results, w),
         advice=advice(results, w),
         arm_rows=arm_rows(results, w),
         ratios=ratios(results, w),
