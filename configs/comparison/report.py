@@ -127,21 +127,6 @@ def share_lines(results: dict, w: dict) -> list[str]:
     return lines
 
 
-def forgetting_lines(results: dict, w: dict) -> list[str]:
-    lines = []
-    for c in results["forgetting"]:
-        lines.append(w["forgot"].format(a=c["a"], difference=c["difference"], low=c["ci95"][0], high=c["ci95"][1]))
-    for c in results["equal_learning"]:
-        if c["outside"]:
-            lines.append(w["equal_outside"].format(**c))
-        else:
-            low, high = c["ci95"]
-            lines.append(
-                w["equal"].format(a=c["a"], b=c["b"], gain=c["gain"], difference=c["difference"], low=low, high=high)
-            )
-    return lines
-
-
 def arm_rows(results: dict, w: dict) -> list[dict]:
     """The lines of the table of arms."""
     rows = []
@@ -281,7 +266,6 @@ def write(results: dict, folder: Path, language: str) -> None:
         arm_rows=arm_rows(results, w),
         ratios=ratios(results, w),
         share_lines=share_lines(results, w),
-        forgetting_lines=forgetting_lines(results, w),
         tried="-".join(map(str, (tried[0], tried[-1])) if tried[0] != tried[-1] else [str(tried[0])]),
         seeds=max(seeds),
     )
