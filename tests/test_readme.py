@@ -13,7 +13,7 @@ READMES = ["README.md", "README.zh-CN.md"]
 DEMO = "pip install -r requirements.txt && python run_all.py --demo"
 TESTS = "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest"
 CONSTANTS = {name: read_constants(ROOT / name) for name in SCRIPTS}
-SETTINGS = {name for constants in CONSTANTS.values() for name in constants}
+SETTINGS = {name for constants in CONSTANTS.values() for name in constants} | set(read_constants(ROOT / "run_all.py"))
 RUN_ALL = {"--steps", "--yes", "--demo", "--language", "--preset", "--help"}
 LAUNCHERS = {"--machine_rank"}  # flags of accelerate and torchrun
 # Upper-case words in backticks that are not settings of ours.
