@@ -135,9 +135,9 @@ def read_preset(name: str, root: Path, scripts: dict, problems: list) -> dict[st
     weak, strong = {script: {} for script in scripts}, {script: {} for script in scripts}
     for section, body in (data or {}).items():
         where = f"{shown}, section {section}"
-        if section == "description":
+        if section in ("description", "description_zh"):
             if not isinstance(body, str | None):
-                problems.append(f"{shown}: description wants text (str), it has {with_type(body)}")
+                problems.append(f"{shown}: {section} wants text (str), it has {with_type(body)}")
         elif section not in sections:
             is_key = any(str(section).upper() in known for known in scripts.values())
             hint = ", a setting that stands outside a section" if is_key else _hint(near(section, sections))
