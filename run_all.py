@@ -21,8 +21,9 @@ from types import SimpleNamespace
 from typing import Annotated, Literal
 
 from configs.settings import ROOT, SECTIONS, command, fail, override_all, resolved
+from configs.typed import parse_steps, status_asked
 from configs.values import read_constants
-from configs.words import TEXTS, spoken, status_asked
+from configs.words import TEXTS, spoken
 
 # --- what to run
 PRESET: str | None = None  # settings for your machine, from configs/presets/NAME.yaml; none: the scripts' own
@@ -51,7 +52,7 @@ if __name__ == "__main__":
     flags_of_steps = override_all(globals(), typed)
 
 from configs.machine import count_gpus
-from configs.menu import Menu, Settings, parse_steps, show_status
+from configs.menu import Menu, Settings, show_status
 
 SCRIPTS = list(SECTIONS)
 DEMO_MODEL = Path("outputs/demo_base_model")
@@ -102,8 +103,18 @@ def done_before(script: Path, given: list[str]) -> str:
     settings = resolved(script, given)
     if RERUN or settings.get("PLAN_ONLY") or settings.get("PROMPT"):
         return ""
-    known = state.of_step(SECTIONS[script.name], settings)
-    return known.why or known.kind if known.kind == "done" else ""
+    known = state.of_step(SECTIONS[script.name], state.as_asked(settings, given))
+    why = known.zh if spoken(LANGUAGE) == "zh" else known.why
+    return why or known.kind if known.kind == "done" else ""
+
+
+def in_language(script: Path, given: list[str]) -> list[str]:
+    """What a step is given, and its report in the menu's language: who reads a Chinese menu wants such reports."""
+    name = {"1_prepare_dataset.py": "LANGUAGE", "4_evaluate_compare.py": "REPORT_LANGUAGE"}.get(script.name)
+    flag, language = f"--{name}=".lower(), spoken(LANGUAGE)
+    if language == "en" or name not in read_constants(script) or any(word.startswith(flag) for word in given):
+        return given
+    return [*given, flag + language]
 
 
 def sweep(words: dict, flags: dict[str, list[str]], gpus: int, question: bool | str) -> int:
@@ -149,6 +160,7 @@ def run_steps(steps: list[int], words: dict, flags: dict[str, list[str]], last: 
             print(f"\n=== {number}  {what}: {words['skipped'].format(why=why)}", flush=True)
             continue
         start_words, shown = started(number, gpus)
+        given = in_language(script, given) if number else given
         print(f"\n=== {number}  {what}: {shown} {shlex.join([os.path.relpath(script), *given])}", flush=True)
         start = time.monotonic()
         code = run([*start_words, str(script), *given])
@@ -168,22 +180,12 @@ def run_steps(steps: list[int], words: dict, flags: dict[str, list[str]], last: 
         print(f"  {number}  {seconds:6.1f} s  {what}")
 
 
-def in_language(flags: dict[str, list[str]], language: str) -> dict[str, list[str]]:
-    """The same flags, and the reports in the menu's language: who reads a Chinese menu wants such reports."""
-    for script, name in (("1_prepare_dataset.py", "language"), ("4_evaluate_compare.py", "report_language")):
-        given, flag = flags[SECTIONS[script]], f"--{name}="
-        known = name.upper() in read_constants(ROOT / script)
-        if language != "en" and known and not any(word.startswith(flag) for word in given):
-            given.append(flag + language)
-    return flags
-
-
 def take(words: list[str]) -> Settings:
     """Read the command line anew, with what was set in the menu. Raises: SystemExit(2) where it is wrong."""
     constants = dict(as_written)
     flags = override_all(constants, words)
     globals().update(constants)
-    return Settings(PRESET, spoken(LANGUAGE), SWEEP_DIR, in_language(flags, spoken(LANGUAGE)))
+    return Settings(PRESET, spoken(LANGUAGE), SWEEP_DIR, flags)
 
 
 def open_menu() -> None:
@@ -199,7 +201,8 @@ def open_menu() -> None:
         if action == "steps":
             run_steps(what, words, flags)
         elif action == "ask":
-            run([sys.executable, str(ROOT / SCRIPTS[3]), *flags["evaluate"], f"--prompt={what}"])
+            script = ROOT / SCRIPTS[3]
+            run([sys.executable, str(script), *in_language(script, flags["evaluate"]), f"--prompt={what}"])
         else:
             run_steps([1], words, flags, last=False)
             if code := sweep(words, flags, count_gpus(), what):
@@ -208,10 +211,9 @@ def open_menu() -> None:
 
 def main(flags: dict[str, list[str]]) -> None:
     """Run the steps that STEPS or YES name, the sweep, `status` or the menu; `flags` are {section: its argv}."""
-    language = spoken(LANGUAGE)
-    words, flags = TEXTS[language], in_language(flags, language)
+    words = TEXTS[spoken(LANGUAGE)]
     if asked:
-        show_status(Settings(PRESET, language, SWEEP_DIR, flags), asked == "json", command)
+        show_status(Settings(PRESET, spoken(LANGUAGE), SWEEP_DIR, flags), asked == "json", command)
     elif SWEEP is not False:
         run_steps([1], words, flags, last=False)  # the sweep begins with data
         sys.exit(sweep(words, flags, count_gpus(), SWEEP))

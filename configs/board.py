@@ -11,6 +11,14 @@ import time
 import webbrowser
 from pathlib import Path
 
+# TensorBoard, which ends when the pipe to it is closed: also where the menu is killed.
+PROGRAM = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+from tensorboard.main import run_main
+run_main()
+"""
+
 
 def open_page(path: Path) -> bool:
     """Open a report in the browser; False where there is none on this machine."""
@@ -43,8 +51,8 @@ class Board:
         self.output = tempfile.NamedTemporaryFile("w", suffix=".log")
         words = ["--logdir", folder, "--port", str(free_port())]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tensorboard.main", *words],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-c", PROGRAM, *words],
+            stdin=subprocess.PIPE,
             stdout=self.output,
             stderr=subprocess.STDOUT,
         )

@@ -13,6 +13,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from configs import hub
 
 GB = 1e9
@@ -44,8 +46,6 @@ class Machine:
 
 def look(folder: str | Path = "outputs") -> Machine:
     """This machine now. folder: on whose disk the results go."""
-    import psutil
-
     gpus = find_gpus()
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,8 +4,8 @@ Light: opens without torch. It runs no step itself: `choose` returns what run_al
 """
 
 import atexit
+import contextlib
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from configs.board import Board, open_page
 from configs.flags import ALIASES, ROOT, SECTIONS, list_presets, near
 from configs.settings import resolved
 from configs.text import quoted, read_yaml
+from configs.typed import normalised, parse_steps, same_setting
 from configs.values import as_text, read_constants
 from configs.words import TEXTS
 
@@ -45,25 +46,12 @@ class Settings:
     flags: dict[str, list[str]]
 
 
-def parse_steps(text: str) -> list[int] | None:
-    """Step numbers from "1,2", "2-4", "all" or "", in running order; None for anything else."""
-    # a Chinese input method types these instead of a comma and a hyphen
-    text = re.sub("-+", "-", text.translate(str.maketrans("，、－—–", ",,---"))).strip().lower()
-    if text in ("", "all", "a", "全部"):
-        return [1, 2, 3, 4]
-    chosen: set[int] = set()
-    for part in text.replace(" ", ",").split(","):
-        bounds = re.fullmatch(r"([1-4])(?:-([1-4]))?", part)
-        if part and not (bounds and bounds[1] <= (bounds[2] or bounds[1])):
-            return None
-        if bounds:
-            chosen |= set(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
-    return sorted(chosen) or None
-
-
 def values_of(flags: dict[str, list[str]]) -> dict[str, dict]:
     """{section: {name: value}} of the scripts with these flags."""
-    return {section: resolved(ROOT / script, flags[section]) for script, section in SECTIONS.items()}
+    return {
+        section: state.as_asked(resolved(ROOT / script, flags[section]), flags[section])
+        for script, section in SECTIONS.items()
+    }
 
 
 def made_with(values: dict[str, dict], settings: Settings) -> str | None:
@@ -91,23 +79,6 @@ def show_status(settings: Settings, as_json: bool, command: Callable[..., str]) 
     screen.show_steps(shown, known, {}, sweep, words, settings.language)
     if fitting := made_with(values, settings):
         shown.line(words["status_made_with"].format(command=f"{command('run_all.py', '--preset', fitting)} status"))
-
-
-def normalised(words: list[str]) -> list[str]:
-    """The words of a command line with each flag and its value in one: --seed 1 is --seed=1."""
-    joined: list[str] = []
-    for word in words:
-        if joined and not word.startswith("--") and joined[-1].startswith("--") and "=" not in joined[-1]:
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
-
-
-def same_setting(word: str, step: str, name: str) -> bool:
-    """Whether `--name=value` is set anew by NAME of a step; by NAME of all steps where `step` is ""."""
-    prefix, _, given = word.partition("=")[0].removeprefix("--").replace("-", "_").rpartition(".")
-    return given.removeprefix("no_") == name and (not step or prefix == step)
 
 
 class Menu:
@@ -148,13 +119,17 @@ class Menu:
 
     def not_done(self) -> list[int]:
         """What Enter runs: the steps that are not done, and those that follow from them."""
-        todo = {NUMBERS[section] for section, step in self.known.items() if step.kind not in ("done", "running")}
+        todo = {NUMBERS[section] for section, step in self.known.items() if step.kind != "done"}
         if 1 in todo:
             todo |= {2, 3}
         if todo & {2, 3}:
             todo.add(4)
-        todo -= {NUMBERS[section] for section, step in self.known.items() if step.kind == "running"}
-        return sorted(todo - ({3} if self.large else set()))
+        return [] if self.running() else sorted(todo - ({3} if self.large else set()))
+
+    def running(self) -> list[str]:
+        """What another process does at this moment, in words: then Enter starts nothing beside it."""
+        steps = dict(zip(self.known, self.words["steps"], strict=True)) | {"sweep": self.words["sweep_label"]}
+        return [steps[name] for name, step in {**self.known, "sweep": self.sweep}.items() if step.kind == "running"]
 
     def show(self) -> None:
         """The whole screen."""
@@ -164,11 +139,12 @@ class Menu:
         rows = [(w["model"], ", ".join(map(self.place, models)))]
         rows += [(w["data"], self.place(values["prepare"]["DATASET_NAME"]))]
         changed = [word[2:] for word in self.typed if word.startswith("--") and not word.startswith("--preset=")]
-        self.screen.facts(rows + ([(w["changed"], ", ".join(changed))] if changed else []))
+        labels = tuple(w[key] for key in ("model", "data", "changed", "machine", "hub", "preset"))
+        self.screen.facts(rows + ([(w["changed"], ", ".join(changed))] if changed else []), labels)
         self.look()
         key, facts = self.hub.answer(0.1)
         rows = [(w["machine"], self.described()), (w["hub"], w[key].format(**facts)), (w["preset"], self.preset())]
-        self.screen.facts(rows)
+        self.screen.facts(rows, labels)
         self.screen.line()
         screen.show_steps(self.screen, self.known, self.times, self.sweep, w, self.language)
         fitting = made_with(values, self.settings)
@@ -208,8 +184,8 @@ class Menu:
         """What Enter will do."""
         w = self.words
         if not self.todo:
-            running = [NUMBERS[section] for section, step in self.known.items() if step.kind == "running"]
-            return w["enter_wait"].format(n=running[0]) if running else w["enter_report"]
+            running = self.running()
+            return w["enter_wait"].format(what=running[0]) if running else w["enter_report"]
         first = self.todo[0]
         if self.known[list(SECTIONS.values())[first - 1]].kind == "interrupted":
             rest = w["enter_then"].format(steps=self.listed(self.todo[1:])) if self.todo[1:] else ""
@@ -254,6 +230,8 @@ class Menu:
 
     def ask(self, prompt: str) -> str | None:
         """An answer from the terminal; None for Ctrl-D. Ctrl-C leaves with exit code 130."""
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  (arrow keys and earlier answers)
         try:
             return input(prompt).strip().strip("\u3000")
         except EOFError:
@@ -294,7 +272,8 @@ class Menu:
 
     def begin(self, steps: list[int]) -> tuple[str, object] | bool:
         """Run these steps, after a question where that takes more than an hour."""
-        due = [n for n in steps if self.known[list(SECTIONS.values())[n - 1]].kind != "done"]
+        again = self.values["lora"]["RERUN"]
+        due = [n for n in steps if again or self.known[list(SECTIONS.values())[n - 1]].kind != "done"]
         text, seconds = self.spent(due) if due else ("", 0.0)
         if seconds > estimate.HOUR:
             answer = self.ask(self.words["long"].format(time=text))
@@ -304,9 +283,7 @@ class Menu:
 
     def idle(self) -> bool:
         """Enter, where nothing is left to run."""
-        if any(step.kind == "running" for step in self.known.values()):
-            return True
-        return self.report()
+        return True if self.running() else self.report()
 
     def go_on(self) -> tuple[str, object] | bool:
         """Go on with what was interrupted, and with what follows from it; else with the sweep."""

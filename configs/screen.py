@@ -65,7 +65,8 @@ class Screen:
     """Where lines go: coloured and wrapped on a terminal, as plain text to anything else."""
 
     def __init__(self):
-        self.plain = not sys.stdout.isatty() or os.environ.get("TERM", "") in ("", "dumb", "unknown")
+        dumb = os.environ.get("TERM", "" if os.name != "nt" else "windows") in ("", "dumb", "unknown")
+        self.plain = dumb or not sys.stdout.isatty()
         self.console = None
         if not self.plain:
             from rich.console import Console
@@ -91,15 +92,18 @@ class Screen:
             row = Text.assemble((head, "bold"), (part, style))
             self.console.print(row, no_wrap=True, overflow="ignore", crop=False)
 
-    def facts(self, rows: list[tuple[str, str]]) -> None:
-        """(label, text) rows, as two columns; long labels stand above their text on a narrow terminal."""
+    def facts(self, rows: list[tuple[str, str]], labels: tuple[str, ...] = ()) -> None:
+        """(label, text) rows, as two columns; long labels stand above their text on a narrow terminal.
+
+        labels: of other rows that stand in line with these.
+        """
         if self.plain:
             for label, text in rows:
                 self.line(f"{label}: {text}")
             return
         from rich.cells import cell_len
 
-        longest = max(cell_len(label) for label, _ in rows) + 2
+        longest = max(cell_len(label) for label in (*labels, *(label for label, _ in rows))) + 2
         for label, text in rows:
             if longest > self.console.width // 3:
                 self.line(label, "bold")
@@ -137,7 +141,9 @@ def show_steps(screen: Screen, known: dict, times: dict, sweep: state.Step, word
     rows = []
     for number, (section, what) in enumerate(zip(SECTIONS.values(), words["steps"], strict=True), 1):
         step, spent = known[section], times.get(section)
-        text = told(step, words, language) + (f" · {timed(spent, words, language)}" if spent else "")
+        text = told(step, words, language)
+        if spent and (step.kind != "done" or (spent.kind == "measured" and section in ("prepare", "evaluate"))):
+            text += f" · {timed(spent, words, language)}"  # a training that is done has said it
         rows.append((str(number), what, text, STYLES[step.kind]))
     if sweep.kind != "not yet":
         hint = f" · {words['sweep_go_on']}" if sweep.kind == "interrupted" else ""

@@ -95,8 +95,8 @@ def differences(before: dict, now: dict) -> dict[str, tuple]:
         unknown = (name in AUTO and "auto" in (old, new)) or (name == "model_version" and None in (old, new))
         if old != new and not unknown:
             differing[name] = old, new
-    if "model" in differing and before.get("model_version") and "model_version" not in differing:
-        del differing["model"]  # the same files at another place
+    if "model" in differing and before.get("model_version") and before["model_version"] == now.get("model_version"):
+        del differing["model"]  # the same files at another place; a name on the Hub has no version before it is read
     return differing
 
 
@@ -212,12 +212,18 @@ def of_step(section: str, settings: dict, quick: bool = False) -> Step:
         return Step("not yet")
 
 
+def as_asked(settings: dict, given: list[str]) -> dict:
+    """The settings without the language of a report where no flag asks for one: it comes from the terminal's then."""
+    asked = any(word.startswith("--report_language=") for word in given)
+    return {name: value for name, value in settings.items() if asked or name != "REPORT_LANGUAGE"}
+
+
 def of_data(settings: dict, quick: bool = False) -> Step:
     """The state of data/: done where it was made with these settings from the same files."""
     folder = Path(settings["DATA_DIR"])
     path, name = folder / "manifest.json", settings["DATASET_NAME"]
     if handover.is_locked(folder):
-        return Step("running", handover.holder(folder).strip(" ()"))
+        return _running(folder)
     if not path.exists():
         return Step("not yet")
     manifest = json.loads(path.read_text("utf-8"))
@@ -235,7 +241,7 @@ def of_training(settings: dict) -> Step:
     """The state of outputs/*_model: done where a run with this identity is finished."""
     method, output = "lora" if "LORA_R" in settings else "full", settings["OUTPUT_DIR"]
     if handover.is_locked(output):
-        return Step("running", handover.holder(output).strip(" ()"))
+        return _running(output)
     log = training_log(output)
     if not log:
         return Step("not yet")
@@ -295,7 +301,7 @@ def of_sweep(folder: str | Path) -> Step:
     if not path.exists():
         return Step("not yet")
     if handover.is_locked(folder):
-        return Step("running", handover.holder(folder).strip(" ()"))
+        return _running(folder)
     try:
         sweep = json.loads(path.read_text("utf-8"))
         states = [run["state"] for run in sweep["runs"].values()]
@@ -351,6 +357,11 @@ def files_hash(name: str) -> str | None:
             with path.open("rb") as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def _running(folder: str | Path) -> Step:
+    who = handover.holder(folder).strip(" ()")
+    return Step("running", who, who.replace("process ", "进程 ").replace(", since ", "，始于 "))
 
 
 def _large_and_older(name: str, made: Path) -> bool:

@@ -39,9 +39,9 @@ TEXTS = {
         "hub_reachable": "{where} is reachable",
         "hub_both": "{where} is reachable; model and data are cached",
         "hub_cached": "{where} cannot be reached ({why}); model and data are cached",
-        "hub_missing": "{where} cannot be reached ({why}), and {missing} is not cached",
+        "hub_missing": "{where} cannot be reached ({why}); not cached: {missing}",
         "hub_offline": "not asked (HF_HUB_OFFLINE); model and data are cached",
-        "hub_offline_missing": "not asked (HF_HUB_OFFLINE), and {missing} is not cached",
+        "hub_offline_missing": "not asked (HF_HUB_OFFLINE); not cached: {missing}",
         "hub_waiting": "{where} has not answered yet",
         # --- the settings
         "model": "Model",
@@ -68,7 +68,7 @@ TEXTS = {
         "enter_goes_on": "Enter: goes on with {first}",
         "enter_then": ", then {steps}",
         "enter_report": "Enter: shows the report; every step is done",
-        "enter_wait": "Enter: looks again; step {n} is running in another process",
+        "enter_wait": "Enter: looks again; {what} is running in another process",
         "and": " and ",
         "semicolon": "; ",
         "comma": ", ",
@@ -148,9 +148,9 @@ TEXTS = {
         "hub_reachable": "可以连接 {where}",
         "hub_both": "可以连接 {where}；模型和数据已有缓存",
         "hub_cached": "无法连接 {where}（{why}）；模型和数据已有缓存",
-        "hub_missing": "无法连接 {where}（{why}），而且 {missing} 没有缓存",
+        "hub_missing": "无法连接 {where}（{why}）；没有缓存：{missing}",
         "hub_offline": "不连接（设置了 HF_HUB_OFFLINE）；模型和数据已有缓存",
-        "hub_offline_missing": "不连接（设置了 HF_HUB_OFFLINE），而且 {missing} 没有缓存",
+        "hub_offline_missing": "不连接（设置了 HF_HUB_OFFLINE）；没有缓存：{missing}",
         "hub_waiting": "{where} 尚未应答",
         "model": "模型",
         "made_first": "{name}（会先生成，约一分钟）",
@@ -174,7 +174,7 @@ TEXTS = {
         "enter_goes_on": "回车：继续 {first}",
         "enter_then": "，然后是 {steps}",
         "enter_report": "回车：查看报告；所有步骤都已完成",
-        "enter_wait": "回车：刷新；第 {n} 步正在另一个进程中运行",
+        "enter_wait": "回车：刷新；{what}正在另一个进程中运行",
         "and": " 和 ",
         "semicolon": "；",
         "comma": "、",
@@ -228,12 +228,3 @@ def spoken(language: str = "auto") -> str:
     if not named:  # Windows has no such variables
         named = locale.getlocale()[0] or ""
     return "zh" if named.lower().startswith(("zh", "chinese")) else "en"
-
-
-def status_asked(words: list[str]) -> tuple[str, list[str]]:
-    """("text", "json" or "" where `status` is not asked for, the other words) of run_all.py's command line."""
-    others = [word for word in words if word != "--json"]
-    if "status" not in (others[:1] + others[-1:]):
-        return "", words
-    others.pop(0 if others[0] == "status" else -1)
-    return ("json" if "--json" in words else "text"), others

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins import BASE_MODEL, SMALL, behave, calls, end, leave, make_folder, run, steps, terminal
 
-from configs.menu import parse_steps
 from configs.settings import SECTIONS, override, override_all, read_constants
+from configs.typed import parse_steps
 from configs.words import TEXTS
 
 RUN_ALL_ONLY = {"PRESET", "STEPS", "YES", "DEMO", "SWEEP", "SELECTION_SEEDS", "SEEDS"}
