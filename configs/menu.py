@@ -6,6 +6,7 @@ Light: opens without torch. It runs no step itself: `choose` returns what run_al
 import atexit
 import contextlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -27,7 +28,7 @@ COMMANDS = ("set", "continue", "sweep", "ask", "report", "board", "help", "quit"
 CHINESE = {
     "设置": "set",
     "继续": "continue",
-    "扫描": "sweep",
+    "公平比较": "sweep",
     "提问": "ask",
     "报告": "report",
     "帮助": "help",
@@ -89,7 +90,7 @@ class Menu:
         self.screen, self.board, self.ran = screen.Screen(), Board(), False
         atexit.register(self.board.stop)
         self.machine: machine.Machine | None = None
-        self.looking = threading.Thread(target=self._look, daemon=True)
+        self.looking: threading.Thread | None = threading.Thread(target=self._look, daemon=True)
         self.looking.start()  # nvidia-smi takes a moment
         self.read(take(self.typed))
         self.hub = machine.HubCheck(self.values["lora"]["MODEL_NAME"], self.values["prepare"]["DATASET_NAME"])
@@ -109,7 +110,11 @@ class Menu:
 
     def look(self) -> None:
         """What is known now: states, times, and what Enter would do."""
-        self.looking.join()
+        if self.looking:
+            self.looking.join()
+        else:  # a run may have changed what is free
+            self._look()
+        self.looking = None
         self.known = screen.states(self.values)
         self.sweep = state.of_sweep(self.settings.sweep_dir)
         states, here = self.known, self.machine
@@ -119,12 +124,13 @@ class Menu:
 
     def not_done(self) -> list[int]:
         """What Enter runs: the steps that are not done, and those that follow from them."""
-        todo = {NUMBERS[section] for section, step in self.known.items() if step.kind != "done"}
+        possible = {1, 2, 4} if self.large else {1, 2, 3, 4}
+        todo = {NUMBERS[section] for section, step in self.known.items() if step.kind != "done"} & possible
         if 1 in todo:
             todo |= {2, 3}
         if todo & {2, 3}:
             todo.add(4)
-        return [] if self.running() else sorted(todo - ({3} if self.large else set()))
+        return [] if self.running() else sorted(todo & possible)
 
     def running(self) -> list[str]:
         """What another process does at this moment, in words: then Enter starts nothing beside it."""
@@ -359,12 +365,16 @@ class Menu:
     def explain(self, name: str, having: dict) -> None:
         """What a setting is for, which values it may have, and which it has. having: {section: Constant}."""
         first = next(iter(having.values()))
+        translated = read_yaml(ROOT / "configs" / "help_zh.yaml")[0] if self.language == "zh" else {}
         for text in dict.fromkeys(constant.help for constant in having.values()):
             sections = ", ".join(section for section, constant in having.items() if constant.help == text)
-            self.screen.line(f"{name} ({sections}): {text}")
-        if first.why:
+            self.screen.line(f"{name} ({sections}): {(translated or {}).get(text, text)}")
+        if first.why and self.language == "en":
             self.screen.line(first.why, "dim")
-        self.say("set_value", shown=first.shown)
+        shown = first.shown
+        for english, other in self.words["ranges"]:
+            shown = re.sub(english, other, shown)
+        self.say("set_value", shown=shown)
         now = {s: self.values[s][name] if s in self.values else constant.default for s, constant in having.items()}
         self.say("set_now", values=", ".join(f"{section} {as_text(value)}" for section, value in now.items()))
 

@@ -23,7 +23,9 @@ from configs.flags import SECTIONS, list_presets
 from configs.menu import described
 from configs.screen import wrapped
 from configs.settings import resolved
+from configs.text import read_yaml
 from configs.typed import normalised, same_setting, status_asked
+from configs.values import read_constants
 from configs.words import TEXTS, spoken
 
 TOY = ("--model_name", "outputs/demo_base_model")
@@ -461,6 +463,17 @@ def test_what_is_done_is_never_run_again(folder):
     assert not calls(folder)
 
 
+def test_what_does_not_fit_is_left_out_and_nothing_follows_from_it(folder, tmp_path):
+    words = ("--preset=small",)
+    pretend(folder, "prepare", "lora", "evaluate", words=words)
+    env = with_card(tmp_path, "0, GPU-1, RTX 4060, 8188, 7800, 8.9")
+    child, shown = opened(folder, "--preset", "small", env=env)
+    assert "3 is left out: full fine-tuning takes about 20 GB (estimate), 8.2 are free" in joined(shown)
+    assert "Enter: shows the report; nothing is left to run" in joined(shown)
+    child.sendline("q")
+    end(child)
+
+
 @pytest.mark.parametrize(("answer", "expected"), [("", ""), ("n", ""), ("y", "124"), ("是", "124")])
 def test_a_run_of_hours_is_asked_for(folder, answer, expected):
     """phi-2 on a CPU."""
@@ -566,6 +579,25 @@ def test_every_preset_is_described_in_both_languages():
     for name in list_presets(ROOT):
         assert re.search(r"[\u4e00-\u9fff]", described(name, "zh"))
         assert described(name, "en") == list_presets(ROOT)[name]
+
+
+def test_nearly_every_setting_is_explained_in_chinese():
+    """A help that was changed is shown in English until somebody translates it: never a wrong one."""
+    translated, wrong = read_yaml(ROOT / "configs" / "help_zh.yaml")
+    assert not wrong and all(re.search(r"[\u4e00-\u9fff]", text) for text in translated.values())
+    known = {c.help for name in (*SECTIONS, "run_all.py") for key, c in read_constants(ROOT / name).items()}
+    assert len(known & translated.keys()) > 0.85 * len(known), sorted(known - translated.keys())
+
+
+def test_a_setting_is_explained_in_chinese(folder):
+    child, _ = opened(folder, *TOY, language="zh")
+    shown = told(child, "set lora_dropout", "zh")
+    assert "LORA_DROPOUT (lora): 训练的矩阵输入端的 dropout" in shown
+    assert "取值：float（至少 0，小于 1）" in shown and "现在：lora 0.05" in shown
+    assert "（0 到 10）" in told(child, "设置 temperature", "zh")
+    assert "（大于 0）" in told(child, "set learning_rate", "zh")
+    child.sendline("q")
+    end(child)
 
 
 # --- ask, report, board
