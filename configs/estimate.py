@@ -122,6 +122,13 @@ def speed(machine: Machine) -> float:
 
 def time_of(section: str, values: dict[str, dict], known: state.Step, machine: Machine) -> Time:
     """How long a step will take: as long as the last time where that was the same work, else an estimate."""
+    try:
+        return _time_of(section, values, known, machine)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # files that are not ours, or damaged
+        return Time("unknown")
+
+
+def _time_of(section: str, values: dict[str, dict], known: state.Step, machine: Machine) -> Time:
     settings = values[section]
     if section == "prepare":
         return Time("measured", known.seconds) if known.seconds else Time("unknown")

@@ -417,6 +417,21 @@ def test_a_training_is_expected_to_be_as_fast_as_the_last_one(folder):
     assert rest.seconds == pytest.approx(whole.seconds * (1 - 0.5 / 2.5))
 
 
+@pytest.mark.parametrize(
+    "damage", ['{"rows": 1}', "[]", '{"settings": 1, "summary": {"steps": "\x1b"}, "data": {}}', "{"]
+)
+def test_damaged_files_do_not_stop_the_menu(folder, damage):
+    pretend(folder, "prepare", "lora", "full", "evaluate")
+    for path in folder.rglob("*.json"):
+        path.write_text(damage)
+    (folder / "outputs" / "sweep").mkdir()
+    (folder / "outputs" / "sweep" / "sweep.json").write_text(damage)
+    child, shown = opened(folder, *TOY)
+    assert joined(shown).count("not yet") == 4
+    child.sendline("q")
+    end(child)
+
+
 def test_the_time_of_steps_1_and_4_is_noted(folder):
     (folder / "outputs").mkdir()
     assert run(folder, "--steps", "1,4").returncode == 0
@@ -468,7 +483,7 @@ def test_what_does_not_fit_is_left_out_and_nothing_follows_from_it(folder, tmp_p
     pretend(folder, "prepare", "lora", "evaluate", words=words)
     env = with_card(tmp_path, "0, GPU-1, RTX 4060, 8188, 7800, 8.9")
     child, shown = opened(folder, "--preset", "small", env=env)
-    assert "3 is left out: full fine-tuning takes about 20 GB (estimate), 8.2 are free" in joined(shown)
+    assert "3 is left out: full fine-tuning takes about 20 GB (estimate), 8.2 GB are free" in joined(shown)
     assert "Enter: shows the report; nothing is left to run" in joined(shown)
     child.sendline("q")
     end(child)
