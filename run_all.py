@@ -52,7 +52,8 @@ if __name__ == "__main__":
     flags_of_steps = override_all(globals(), typed)
 
 from configs.machine import count_gpus
-from configs.menu import Menu, Settings, show_status
+from configs.menu import Menu
+from configs.screen import Settings, show_status
 
 SCRIPTS = list(SECTIONS)
 DEMO_MODEL = Path("outputs/demo_base_model")
@@ -185,7 +186,12 @@ def take(words: list[str]) -> Settings:
     constants = dict(as_written)
     flags = override_all(constants, words)
     globals().update(constants)
-    return Settings(PRESET, spoken(LANGUAGE), SWEEP_DIR, flags)
+    return in_force(flags)
+
+
+def in_force(flags: dict[str, list[str]]) -> Settings:
+    """The settings of this moment, for the menu and for `status`."""
+    return Settings({name: globals()[name] for name in read_constants(__file__)}, spoken(LANGUAGE), flags)
 
 
 def open_menu() -> None:
@@ -205,7 +211,11 @@ def open_menu() -> None:
             run([sys.executable, str(script), *in_language(script, flags["evaluate"]), f"--prompt={what}"])
         else:
             run_steps([1], words, flags, last=False)
-            if code := sweep(words, flags, count_gpus(), what):
+            try:
+                code = sweep(words, flags, count_gpus(), what)
+            except SystemExit as end:
+                code = end.code
+            if code not in (0, 2):  # after a mistake, which was named, another answer may be given
                 sys.exit(code)
 
 
@@ -213,7 +223,7 @@ def main(flags: dict[str, list[str]]) -> None:
     """Run the steps that STEPS or YES name, the sweep, `status` or the menu; `flags` are {section: its argv}."""
     words = TEXTS[spoken(LANGUAGE)]
     if asked:
-        show_status(Settings(PRESET, spoken(LANGUAGE), SWEEP_DIR, flags), asked == "json", command)
+        show_status(in_force(flags), asked == "json", command)
     elif SWEEP is not False:
         run_steps([1], words, flags, last=False)  # the sweep begins with data
         sys.exit(sweep(words, flags, count_gpus(), SWEEP))

@@ -9,20 +9,19 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from configs import estimate, hub, machine, screen, state
 from configs.board import Board, open_page
 from configs.flags import ALIASES, ROOT, SECTIONS, list_presets, near
+from configs.screen import SCRIPTS, Settings, made_with, values_of
 from configs.settings import resolved
 from configs.text import quoted, read_yaml
 from configs.typed import normalised, parse_steps, same_setting
 from configs.values import as_text, read_constants
 from configs.words import TEXTS
 
-SCRIPTS = {section: script for script, section in SECTIONS.items()}
 NUMBERS = {section: number for number, section in enumerate(SECTIONS.values(), 1)}
 COMMANDS = ("set", "continue", "sweep", "ask", "report", "board", "help", "quit")
 CHINESE = {
@@ -35,51 +34,6 @@ CHINESE = {
     "退出": "quit",
 }
 NOT_SET = {"STEPS", "YES", "DEMO", "PRESET", "SWEEP"}  # of run_all.py: the menu has words of its own for them
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is in force. flags: {section: argv of its script}."""
-
-    preset: str | None
-    language: str
-    sweep_dir: str
-    flags: dict[str, list[str]]
-
-
-def values_of(flags: dict[str, list[str]]) -> dict[str, dict]:
-    """{section: {name: value}} of the scripts with these flags."""
-    return {
-        section: state.as_asked(resolved(ROOT / script, flags[section]), flags[section])
-        for script, section in SECTIONS.items()
-    }
-
-
-def made_with(values: dict[str, dict], settings: Settings) -> str | None:
-    """The preset with which the data that lie there are done, "" for none; None where no other one has made them."""
-    given = [word for word in settings.flags["prepare"] if not word.startswith("--preset=")]
-    if state.of_step("prepare", values["prepare"], quick=True).kind != "out of date":
-        return None
-    for preset in ("", *list_presets(ROOT)):
-        words = [f"--preset={preset}", *given] if preset else given
-        if preset != (settings.preset or "") and (
-            state.of_step("prepare", resolved(ROOT / SCRIPTS["prepare"], words), quick=True).kind == "done"
-        ):
-            return preset
-    return None
-
-
-def show_status(settings: Settings, as_json: bool, command: Callable[..., str]) -> None:
-    """Print the state of each step and of the sweep. command: settings.command, for a hint."""
-    values = values_of(settings.flags)
-    known, sweep = screen.states(values), state.of_sweep(settings.sweep_dir)
-    if as_json:
-        print(screen.as_json(known, sweep, values, settings.preset))
-        return
-    words, shown = TEXTS[settings.language], screen.Screen()
-    screen.show_steps(shown, known, {}, sweep, words, settings.language)
-    if fitting := made_with(values, settings):
-        shown.line(words["status_made_with"].format(command=f"{command('run_all.py', '--preset', fitting)} status"))
 
 
 class Menu:
@@ -265,7 +219,7 @@ class Menu:
         if word == "set":
             return self.set(rest)
         if word == "sweep":
-            return "sweep", rest or True
+            return "sweep", rest or self.question_of_sweep()
         if word == "ask":
             return self.question(rest)
         others = {"continue": self.go_on, "report": self.report, "board": self.start_board, "help": self.help}
@@ -297,9 +251,13 @@ class Menu:
         if halted:
             return self.begin([n for n in self.todo if n >= halted[0]])
         if self.sweep.kind == "interrupted":
-            return "sweep", True
+            return "sweep", self.question_of_sweep()
         self.say("nothing_interrupted")
         return False
+
+    def question_of_sweep(self) -> str | bool:
+        """The question of the sweep that is to go on; True, the default one, where there is none."""
+        return self.sweep.why.partition(":")[0] if self.sweep.kind == "interrupted" else True
 
     def question(self, rest: str) -> tuple[str, object] | bool:
         """Ask all models one question, where there is a model."""
@@ -357,10 +315,17 @@ class Menu:
             return False
         if not self.change(step, name, value):
             return False
-        now = {section: self.values[section][name.upper()] for section in having}
-        shown = as_text(next(iter(now.values()))) if now else value
-        self.say("set_taken", name=name.upper(), value=shown, steps=", ".join(now) or "run_all")
+        shown = as_text(next(iter(self.in_force(name.upper(), having or ["run_all"]).values())))
+        self.say("set_taken", name=name.upper(), value=shown, steps=", ".join(having) or "run_all")
         return True
+
+    def in_force(self, name: str, sections: Iterable[str]) -> dict[str, object]:
+        """{section: value of this setting}; the section "run_all" is run_all.py's own."""
+        flags, own = self.settings.flags, self.settings.own
+        return {
+            section: own[name] if section == "run_all" else resolved(ROOT / SCRIPTS[section], flags[section])[name]
+            for section in sections
+        }
 
     def explain(self, name: str, having: dict) -> None:
         """What a setting is for, which values it may have, and which it has. having: {section: Constant}."""
@@ -375,7 +340,7 @@ class Menu:
         for english, other in self.words["ranges"]:
             shown = re.sub(english, other, shown)
         self.say("set_value", shown=shown)
-        now = {s: self.values[s][name] if s in self.values else constant.default for s, constant in having.items()}
+        now = self.in_force(name, having)
         self.say("set_now", values=", ".join(f"{section} {as_text(value)}" for section, value in now.items()))
 
     # --- reports, TensorBoard, help

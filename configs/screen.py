@@ -9,13 +9,18 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from configs import state
 from configs.estimate import Time
-from configs.flags import SECTIONS
+from configs.flags import ROOT, SECTIONS, list_presets
+from configs.settings import resolved
 from configs.text import visible
+from configs.words import TEXTS
 
+SCRIPTS = {section: script for script, section in SECTIONS.items()}
 WIDE = 76  # columns from which a step stands on one line
 CHINESE = "\u2e80-\u9fff\uf900-\ufaff"  # characters between which a line may break
 CLOSING, OPENING = "，。；：、？！）》”…％", "（《“"
@@ -131,6 +136,45 @@ class Screen:
 # --- the state of everything
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What is in force. own: {name: value} of run_all.py; language: "en" or "zh"; flags: {section: its argv}."""
+
+    own: dict[str, object]
+    language: str
+    flags: dict[str, list[str]]
+
+    @property
+    def preset(self) -> str | None:
+        return self.own["PRESET"]
+
+    @property
+    def sweep_dir(self) -> str:
+        return self.own["SWEEP_DIR"]
+
+
+def values_of(flags: dict[str, list[str]]) -> dict[str, dict]:
+    """{section: {name: value}} of the scripts with these flags."""
+    return {
+        section: state.as_asked(resolved(ROOT / script, flags[section]), flags[section])
+        for script, section in SECTIONS.items()
+    }
+
+
+def made_with(values: dict[str, dict], settings: Settings) -> str | None:
+    """The preset with which the data that lie there are done, "" for none; None where no other one has made them."""
+    given = [word for word in settings.flags["prepare"] if not word.startswith("--preset=")]
+    if state.of_step("prepare", values["prepare"], quick=True).kind != "out of date":
+        return None
+    for preset in ("", *list_presets(ROOT)):
+        words = [f"--preset={preset}", *given] if preset else given
+        if preset != (settings.preset or "") and (
+            state.of_step("prepare", resolved(ROOT / SCRIPTS["prepare"], words), quick=True).kind == "done"
+        ):
+            return preset
+    return None
+
+
 def states(values: dict[str, dict]) -> dict[str, state.Step]:
     """{section: its state}. values: {section: {name: value}} of the scripts."""
     return {section: state.of_step(section, values[section], quick=True) for section in SECTIONS.values()}
@@ -188,3 +232,16 @@ def reports(values: dict[str, dict], sweep_dir: str) -> list[Path | None]:
         next((path for ending in (".html", ".md") if (path := place.with_suffix(ending)).is_file()), None)
         for place in places
     ]
+
+
+def show_status(settings: Settings, json_wanted: bool, command: Callable[..., str]) -> None:
+    """Print the state of each step and of the sweep. command: settings.command, for a hint."""
+    values = values_of(settings.flags)
+    known, sweep = states(values), state.of_sweep(settings.sweep_dir)
+    if json_wanted:
+        print(as_json(known, sweep, values, settings.preset))
+        return
+    words, shown = TEXTS[settings.language], Screen()
+    show_steps(shown, known, {}, sweep, words, settings.language)
+    if fitting := made_with(values, settings):
+        shown.line(words["status_made_with"].format(command=f"{command('run_all.py', '--preset', fitting)} status"))

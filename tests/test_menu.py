@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -569,6 +570,31 @@ def test_settings_are_explained_set_and_kept(folder):
     first, lora, full, _ = calls(folder)
     assert first["COLUMN_MAP"] == {"instruction": "a b", "output": "c"}
     assert (lora["LEARNING_RATE"], full["LEARNING_RATE"]) == (1e-5, 2e-5)
+    child.sendline("q")
+    end(child)
+
+
+def test_every_setting_can_be_explained(folder):
+    child, _ = opened(folder, "--seeds", "7", language="zh")
+    for name in ("report_language", "seeds", "language", "data_dir", "margin"):
+        shown = told(child, f"set {name}", "zh")
+        assert name.upper() in shown and "现在：" in shown, shown
+        assert name != "seeds" or "现在：run_all 7" in shown
+    child.sendline("q")
+    assert child.expect_exact(TEXTS["zh"]["nothing"]) == 0
+    end(child)
+
+
+def test_a_mistake_in_the_sweeps_question_leads_back_to_the_menu(folder):
+    shutil.copytree(ROOT / "configs" / "comparison", folder / "configs" / "comparison")
+    child, _ = opened(folder, *TOY)
+    assert "unknown question 'rnaks'; did you mean ranks?" in joined(told(child, "sweep rnaks"))
+    sweep = folder / "outputs" / "sweep"
+    content = {"plan": {"question": {"name": "mine"}}, "runs": {"a": {"state": "waiting", "phase": "seeds"}}}
+    handover.write_json(sweep / "sweep.json", content)
+    assert "sweep interrupted: mine: 0 of 1 runs" in joined(told(child, "2"))
+    for answer in ("continue", "sweep"):  # the one that was begun goes on
+        assert "unknown question 'mine'" in joined(told(child, answer))
     child.sendline("q")
     end(child)
 
