@@ -102,7 +102,7 @@ def done_before(script: Path, given: list[str]) -> str:
     from configs import state
 
     settings = resolved(script, given)
-    if RERUN or settings.get("PLAN_ONLY") or settings.get("PROMPT"):
+    if RERUN or any(settings.get(name) for name in ("PLAN_ONLY", "PROMPT", "DRY_RUN")):
         return ""
     known = state.of_step(SECTIONS[script.name], state.as_asked(settings, given))
     why = known.zh if spoken(LANGUAGE) == "zh" else known.why

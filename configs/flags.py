@@ -239,6 +239,9 @@ def read_flags(
             problems.append(_unknown(shown, name, names, scripts(), f"--{prefix}{dot}" if concerned else "--"))
         for step in having or negated:
             constant = concerned[step][key[3:] if negated else key]
+            general = concerned[None][key].choices if None in having else ()
+            if step and typed in general and constant.choices and typed not in constant.choices:
+                continue  # `--language auto` is run_all.py's own, which tells the steps what that turned out to be
             if typed is None and "bool" not in constant.types:
                 problems.append(f"{shown} needs a value, e.g. {constant.flag} {as_text(constant.example)}")
                 break  # once is enough

@@ -20,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins import BASE_MODEL, SMALL, behave, calls, end, leave, make_folder, run, steps, terminal
 
+from configs.flags import read_flags
 from configs.settings import SECTIONS, override, override_all, read_constants
 from configs.typed import parse_steps
+from configs.values import Constant
 from configs.words import TEXTS
 
 RUN_ALL_ONLY = {"PRESET", "STEPS", "YES", "DEMO", "SWEEP", "SELECTION_SEEDS", "SEEDS"}
@@ -252,6 +254,19 @@ def test_flags_reach_the_steps_that_have_them(folder):
     assert (lora["LEARNING_RATE"], full["LEARNING_RATE"]) == (1e-4, defaults[SCRIPTS[2]])
 
 
+def test_a_word_that_only_run_all_knows_is_not_passed_on():
+    """--language auto, where a step wants en or zh."""
+    own = {"LANGUAGE": Constant("LANGUAGE", "auto", ("str",), choices=("auto", "en", "zh"))}
+    step = {"LANGUAGE": Constant("LANGUAGE", "en", ("str",), choices=("en", "zh"))}
+    for value, wanted in (("auto", [None]), ("zh", [None, "prepare"])):
+        problems = []
+        _, flags = read_flags(["--language", value], {None: own, "prepare": step}, dict, problems)
+        assert ([flag.step for flag in flags], problems) == (wanted, [])
+    problems = []
+    read_flags(["--language", "fr"], {None: own, "prepare": step}, dict, problems)
+    assert len(problems) == 1 and "choose auto, en or zh" in str(problems[0])
+
+
 def test_several_gpus_share_the_work_of_steps_2_to_4(folder, tmp_path):
     """As nvidia-smi has them, or CUDA_VISIBLE_DEVICES; the command is said, and two processes run each step."""
     tools = tmp_path / "tools"
@@ -360,7 +375,7 @@ def test_a_chinese_menu_gives_a_chinese_report(folder):
         *others, last = calls(folder)
         given = [word for word in last["argv"] if "report_language" in word or word in ("zh", "en")]
         assert wanted is None and not given or wanted in " ".join(given)
-        assert not [word for call in others for word in call["argv"] if "language" in word]
+        assert not [word for call in others[1:] for word in call["argv"] if "language" in word]
 
 
 # --- a step that fails
