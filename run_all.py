@@ -196,9 +196,9 @@ def in_force(flags: dict[str, list[str]]) -> Settings:
 
 def open_menu() -> None:
     """The menu, until it is left; what it is told is run here."""
-    menu = Menu(typed, take)
+    menu, action = Menu(typed, take), ""
     while True:
-        action, what = menu.choose()
+        action, what = menu.choose(show=action != "ask")  # the answers stay in sight
         words, flags = menu.words, menu.settings.flags
         if action == "quit":
             print("" if menu.ran else words["nothing"])
