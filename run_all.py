@@ -1,6 +1,7 @@
-"""Runs the four steps one after the other, asking which ones unless told.
+"""Runs the four steps one after the other; without being told which, it opens a menu.
 
-    python run_all.py                         asks which steps to run
+    python run_all.py                         the menu: what this machine has, what is done, what to do next
+    python run_all.py status                  what is done, out of date or interrupted; --json for programs
     python run_all.py --demo                  everything in minutes on a laptop, without a network
     python run_all.py --preset gpu_24gb --steps 2-4 --num_epochs 1 --lora.learning_rate 1e-4
     python run_all.py --preset gpu_24gb --sweep   a fair comparison: learning rates and seeds for each method
@@ -10,7 +11,6 @@ to one of them (prepare, lora, full or evaluate). `python 2_lora_finetuning.py -
 """
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -20,7 +20,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-from configs.settings import ROOT, SECTIONS, command, fail, list_presets, override_all, resolved
+from configs.settings import ROOT, SECTIONS, command, fail, override_all, resolved
+from configs.typed import parse_steps, status_asked
+from configs.values import read_constants
+from configs.words import TEXTS, spoken
 
 # --- what to run
 PRESET: str | None = None  # settings for your machine, from configs/presets/NAME.yaml; none: the scripts' own
@@ -28,7 +31,7 @@ STEPS: str | None = None  # which steps, e.g. 1,2 or 2-4 or all; none: ask
 YES = False  # do not ask: all steps
 DEMO = False  # the same as --preset demo --yes
 RERUN = False  # run what is done and up to date again, too; a trained model is moved to outputs/history before
-LANGUAGE: Literal["en", "zh"] = "en"  # language of the menu and of the report
+LANGUAGE: Literal["auto", "en", "zh"] = "auto"  # language of the menu and of the reports; auto: the terminal's
 
 # --- the sweep
 # One run of each method proves little: the rates decide, and so does the luck of a seed.
@@ -45,78 +48,15 @@ SWEEP_EXECUTOR: Literal["here", "slurm", "submitit_local"] = "here"  # where the
 SWEEP_JOB: str | None = None  # submitit's parameters of a job: timeout_min=240,gpus_per_node=1,slurm_partition=gpu
 
 if __name__ == "__main__":
-    flags_of_steps = override_all(globals())
+    as_written, (asked, typed) = dict(globals()), status_asked(sys.argv[1:])
+    flags_of_steps = override_all(globals(), typed)
+
+from configs.machine import count_gpus
+from configs.menu import Menu
+from configs.screen import Settings, show_status
 
 SCRIPTS = list(SECTIONS)
 DEMO_MODEL = Path("outputs/demo_base_model")
-TEXTS = {
-    "en": {
-        "steps": ["prepare the data", "LoRA fine-tuning", "full fine-tuning", "evaluate and compare"],
-        "ask": "Which steps? (e.g. 1,2 or 2-4; Enter: all; q: quit) ",
-        "wrong": "Please answer with numbers from 1 to 4, such as 1,2 or 2-4.",
-        "presets": "Presets for your machine (--preset NAME):",
-        "no_terminal": "there is no terminal to ask which steps to run; say so: --yes (all) or --steps 1,2",
-        "demo_model": "the demo's base model (made once)",
-        "nothing": "Nothing was run.",
-        "failed": "step {n} ended with exit code {code}; when the cause is mended, go on with:",
-        "sweep": "Begin? (Enter: yes; n: no) ",
-        "skipped": "done already ({why}); to run it again: --rerun",
-        "done": "All done in {seconds:.0f} s:",
-    },
-    "zh": {
-        "steps": ["准备数据", "LoRA 微调", "全量微调", "评估与比较"],
-        "ask": "要运行哪些步骤？（例如 1,2 或 2-4；直接回车：全部；q：退出）",
-        "wrong": "请输入 1 到 4 之间的数字，例如 1,2 或 2-4。",
-        "presets": "按你的机器选择预设（--preset 名称）：",
-        "no_terminal": "没有终端，无法询问要运行哪些步骤；请用 --yes（全部）或 --steps 1,2 指定",
-        "demo_model": "演示用的基座模型（只生成一次）",
-        "nothing": "没有运行任何步骤。",
-        "failed": "第 {n} 步已结束，退出码 {code}；解决问题后，用下面的命令继续：",
-        "sweep": "开始吗？（回车：是；n：否）",
-        "skipped": "已完成（{why}）；要重新运行：--rerun",
-        "done": "全部完成，用时 {seconds:.0f} 秒：",
-    },
-}
-
-
-def parse_steps(text: str) -> list[int] | None:
-    """Step numbers from "1,2", "2-4", "all" or "", in running order; None for anything else."""
-    # a Chinese input method types these instead of a comma and a hyphen
-    text = re.sub("-+", "-", text.translate(str.maketrans("，、－—–", ",,---"))).strip().lower()
-    if text in ("", "all", "a", "全部"):
-        return [1, 2, 3, 4]
-    chosen: set[int] = set()
-    for part in text.replace(" ", ",").split(","):
-        bounds = re.fullmatch(r"([1-4])(?:-([1-4]))?", part)
-        if part and not (bounds and bounds[1] <= (bounds[2] or bounds[1])):
-            return None
-        if bounds:
-            chosen |= set(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
-    return sorted(chosen) or None
-
-
-def ask(words: dict) -> list[int]:
-    """Show the menu and read the answer; an empty list means to leave."""
-    for number, (script, what) in enumerate(zip(SCRIPTS, words["steps"], strict=True), 1):
-        print(f"  {number}  {script:24} {what}")
-    print(f"\n{words['presets']}")
-    for name, description in list_presets(ROOT).items():
-        print(f"  {name:12} {description}")
-    print()
-    while True:
-        try:
-            answer = input(words["ask"])
-        except EOFError:  # Ctrl-D
-            print()
-            return []
-        except KeyboardInterrupt:
-            print(f"\n{words['nothing']}")
-            sys.exit(130)
-        if answer.strip().lower() in ("q", "quit", "exit"):
-            return []
-        if (steps := parse_steps(answer)) is not None:
-            return steps
-        print(words["wrong"])
 
 
 def run(command: list[str]) -> int:
@@ -148,18 +88,6 @@ def run(command: list[str]) -> int:
     return code if code >= 0 else 128 - code  # killed by a signal, as a shell reports it
 
 
-def visible_gpus() -> int:
-    """How many NVIDIA GPUs the steps may use, without the seconds that torch takes to answer."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
-
-
 def started(number: int, gpus: int) -> tuple[list[str], str]:
     """(how a step's script is started, the same for people): by accelerate where several GPUs can share the work."""
     if number < 2 or gpus < 2:
@@ -174,19 +102,29 @@ def done_before(script: Path, given: list[str]) -> str:
     from configs import state
 
     settings = resolved(script, given)
-    if RERUN or settings.get("PLAN_ONLY") or settings.get("PROMPT"):
+    if RERUN or any(settings.get(name) for name in ("PLAN_ONLY", "PROMPT", "DRY_RUN")):
         return ""
-    known = state.of_step(SECTIONS[script.name], settings)
-    return known.why or known.kind if known.kind == "done" else ""
+    known = state.of_step(SECTIONS[script.name], state.as_asked(settings, given))
+    why = known.zh if spoken(LANGUAGE) == "zh" else known.why
+    return why or known.kind if known.kind == "done" else ""
 
 
-def sweep(words: dict, flags: dict[str, list[str]], gpus: int) -> int:
+def in_language(script: Path, given: list[str]) -> list[str]:
+    """What a step is given, and its report in the menu's language: who reads a Chinese menu wants such reports."""
+    name = {"1_prepare_dataset.py": "LANGUAGE", "4_evaluate_compare.py": "REPORT_LANGUAGE"}.get(script.name)
+    flag, language = f"--{name}=".lower(), spoken(LANGUAGE)
+    if language == "en" or name not in read_constants(script) or any(word.startswith(flag) for word in given):
+        return given
+    return [*given, flag + language]
+
+
+def sweep(words: dict, flags: dict[str, list[str]], gpus: int, question: bool | str) -> int:
     """Do the sweep on the data that are there; its exit code."""
     from configs.comparison.sweep import run_sweep
 
     demo = PRESET == "demo"
     settings = SimpleNamespace(
-        SWEEP=SWEEP,
+        SWEEP=question,
         SWEEP_DIR=SWEEP_DIR,
         SELECTION_SEEDS=SELECTION_SEEDS,
         SEEDS=SEEDS or (3 if demo else 5),
@@ -195,7 +133,7 @@ def sweep(words: dict, flags: dict[str, list[str]], gpus: int) -> int:
         WEIGHT_ANALYSIS=WEIGHT_ANALYSIS,
         SWEEP_EXECUTOR=SWEEP_EXECUTOR,
         SWEEP_JOB=SWEEP_JOB,
-        LANGUAGE=LANGUAGE,
+        LANGUAGE=spoken(LANGUAGE),
         RERUN=RERUN,
     )
     values = {section: resolved(ROOT / script, flags[section]) for script, section in SECTIONS.items()}
@@ -206,38 +144,24 @@ def sweep(words: dict, flags: dict[str, list[str]], gpus: int) -> int:
     return run_sweep(settings, flags, values, gpus, agreed)
 
 
-def main(flags: dict[str, list[str]]) -> None:
-    """Run the steps that STEPS, YES or the menu name; `flags` are {section: what its script is given}."""
-    words = TEXTS[LANGUAGE]
-    report_language = f"--report_language={LANGUAGE}"  # who reads a Chinese menu wants such a report
-    if LANGUAGE != "en" and not any(word.startswith("--report_language=") for word in flags["evaluate"]):
-        flags["evaluate"].append(report_language)
-    if SWEEP is not False:
-        steps = [1]  # the sweep begins with data
-    elif STEPS is not None:
-        steps = parse_steps(STEPS)
-        if steps is None:
-            fail(f"--steps {STEPS!r} is not a list of steps from 1 to 4, e.g. --steps 1,2 or --steps 2-4")
-    elif YES:
-        steps = [1, 2, 3, 4]
-    elif sys.stdin.isatty():
-        steps = ask(words)
-    else:
-        fail(words["no_terminal"])
-    if not steps:
-        print(words["nothing"])
-        return
+def run_steps(steps: list[int], words: dict, flags: dict[str, list[str]], last: bool = True) -> None:
+    """Run these steps, but none that is done and up to date; ends the program where one fails.
+
+    last: whether nothing follows, so that the times are told.
+    """
+    from configs import state
 
     plan = [(n, words["steps"][n - 1], ROOT / SCRIPTS[n - 1], flags[SECTIONS[SCRIPTS[n - 1]]]) for n in steps]
     other_model = any(word.startswith("--model_name=") for given in flags.values() for word in given)
     if PRESET == "demo" and not other_model and not (DEMO_MODEL / "config.json").exists():
         plan.insert(0, (0, words["demo_model"], ROOT / "configs" / "demo" / "base_model.py", []))
-    began, times, gpus = time.monotonic(), [], visible_gpus()
+    began, times, gpus = time.monotonic(), [], count_gpus()
     for number, what, script, given in plan:
         if number and (why := done_before(script, given)):
             print(f"\n=== {number}  {what}: {words['skipped'].format(why=why)}", flush=True)
             continue
         start_words, shown = started(number, gpus)
+        given = in_language(script, given) if number else given
         print(f"\n=== {number}  {what}: {shown} {shlex.join([os.path.relpath(script), *given])}", flush=True)
         start = time.monotonic()
         code = run([*start_words, str(script), *given])
@@ -249,11 +173,70 @@ def main(flags: dict[str, list[str]]) -> None:
             print(f"\n{words['failed'].format(n=number, code=code)}", file=sys.stderr)
             print(f"  {command(__file__, '--steps', left)}", file=sys.stderr)
             sys.exit(code)
-    if SWEEP is not False:
-        sys.exit(sweep(words, flags, gpus))
-    print(f"\n{words['done'].format(seconds=time.monotonic() - began)}")
-    for number, what, seconds in times:
+        if number:
+            state.note_seconds(SECTIONS[script.name], resolved(script, given), times[-1][2])
+    if last:
+        print(f"\n{words['done'].format(seconds=time.monotonic() - began)}")
+    for number, what, seconds in times if last else ():
         print(f"  {number}  {seconds:6.1f} s  {what}")
+
+
+def take(words: list[str]) -> Settings:
+    """Read the command line anew, with what was set in the menu. Raises: SystemExit(2) where it is wrong."""
+    constants = dict(as_written)
+    flags = override_all(constants, words)
+    globals().update(constants)
+    return in_force(flags)
+
+
+def in_force(flags: dict[str, list[str]]) -> Settings:
+    """The settings of this moment, for the menu and for `status`."""
+    return Settings({name: globals()[name] for name in read_constants(__file__)}, spoken(LANGUAGE), flags)
+
+
+def open_menu() -> None:
+    """The menu, until it is left; what it is told is run here."""
+    menu, action = Menu(typed, take), ""
+    while True:
+        action, what = menu.choose(show=action != "ask")  # the answers stay in sight
+        words, flags = menu.words, menu.settings.flags
+        if action == "quit":
+            print("" if menu.ran else words["nothing"])
+            return
+        menu.ran = True
+        if action == "steps":
+            run_steps(what, words, flags)
+        elif action == "ask":
+            script = ROOT / SCRIPTS[3]
+            run([sys.executable, str(script), *in_language(script, flags["evaluate"]), f"--prompt={what}"])
+        else:
+            run_steps([1], words, flags, last=False)
+            try:
+                code = sweep(words, flags, count_gpus(), what)
+            except SystemExit as end:
+                code = end.code
+            if code not in (0, 2):  # after a mistake, which was named, another answer may be given
+                sys.exit(code)
+
+
+def main(flags: dict[str, list[str]]) -> None:
+    """Run the steps that STEPS or YES name, the sweep, `status` or the menu; `flags` are {section: its argv}."""
+    words = TEXTS[spoken(LANGUAGE)]
+    if asked:
+        show_status(in_force(flags), asked == "json", command)
+    elif SWEEP is not False:
+        run_steps([1], words, flags, last=False)  # the sweep begins with data
+        sys.exit(sweep(words, flags, count_gpus(), SWEEP))
+    elif STEPS is not None:
+        if (steps := parse_steps(STEPS)) is None:
+            fail(f"--steps {STEPS!r} is not a list of steps from 1 to 4, e.g. --steps 1,2 or --steps 2-4")
+        run_steps(steps, words, flags)
+    elif YES:
+        run_steps([1, 2, 3, 4], words, flags)
+    elif sys.stdin.isatty():
+        open_menu()
+    else:
+        fail(words["no_terminal"])
 
 
 if __name__ == "__main__":

@@ -135,9 +135,9 @@ def read_preset(name: str, root: Path, scripts: dict, problems: list) -> dict[st
     weak, strong = {script: {} for script in scripts}, {script: {} for script in scripts}
     for section, body in (data or {}).items():
         where = f"{shown}, section {section}"
-        if section == "description":
+        if section in ("description", "description_zh"):
             if not isinstance(body, str | None):
-                problems.append(f"{shown}: description wants text (str), it has {with_type(body)}")
+                problems.append(f"{shown}: {section} wants text (str), it has {with_type(body)}")
         elif section not in sections:
             is_key = any(str(section).upper() in known for known in scripts.values())
             hint = ", a setting that stands outside a section" if is_key else _hint(near(section, sections))
@@ -239,6 +239,9 @@ def read_flags(
             problems.append(_unknown(shown, name, names, scripts(), f"--{prefix}{dot}" if concerned else "--"))
         for step in having or negated:
             constant = concerned[step][key[3:] if negated else key]
+            general = concerned[None][key].choices if None in having else ()
+            if step and typed in general and constant.choices and typed not in constant.choices:
+                continue  # `--language auto` is run_all.py's own, which tells the steps what that turned out to be
             if typed is None and "bool" not in constant.types:
                 problems.append(f"{shown} needs a value, e.g. {constant.flag} {as_text(constant.example)}")
                 break  # once is enough

@@ -7,8 +7,9 @@ is not repeated and an interrupted one goes on. The identity stands in training_
 import contextlib
 import hashlib
 import json
+import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs import handover, hub
@@ -94,8 +95,8 @@ def differences(before: dict, now: dict) -> dict[str, tuple]:
         unknown = (name in AUTO and "auto" in (old, new)) or (name == "model_version" and None in (old, new))
         if old != new and not unknown:
             differing[name] = old, new
-    if "model" in differing and before.get("model_version") and "model_version" not in differing:
-        del differing["model"]  # the same files at another place
+    if "model" in differing and before.get("model_version") and before["model_version"] == now.get("model_version"):
+        del differing["model"]  # the same files at another place; a name on the Hub has no version before it is read
     return differing
 
 
@@ -107,8 +108,20 @@ def later_end(differing: dict[str, tuple]) -> bool:
     return len(ends) == len(differing) and all(new > old for old, new in ends)
 
 
-def spelled(name: str, before: object, now: object) -> str:
-    """One difference, for people."""
+def spelled(name: str, before: object, now: object, language: str = "en") -> str:
+    """One difference, for people. language: "en" or "zh"."""
+    title = {"model": "MODEL_NAME", "model_revision": "MODEL_REVISION"}.get(name, name)
+    if name == "rows_per_step":
+        title = "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"
+    if language == "zh":
+        words = {
+            "model_version": "模型的文件变了",
+            "train_rows": "训练行变了",
+            "validation_rows": "验证行变了",
+            "deepspeed": "DeepSpeed 的配置变了",
+            "replay": "混入的通用文本或其比例（REPLAY_FRACTION）变了",
+        }
+        return words.get(name) or f"{title} 原为 {before!r}，现为 {now!r}"
     words = {
         "model_version": "the files of the model are others",
         "train_rows": "the training rows are others",
@@ -116,17 +129,17 @@ def spelled(name: str, before: object, now: object) -> str:
         "deepspeed": "the DeepSpeed configuration is another one",
         "replay": "the general text among the rows, or its share (REPLAY_FRACTION), is another one",
     }
-    title = {"model": "MODEL_NAME", "model_revision": "MODEL_REVISION"}.get(name, name)
-    if name == "rows_per_step":
-        title = "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"
     return words.get(name) or f"{title} was {before!r} and is {now!r}"
 
 
-def spell(seconds: float) -> str:
-    """A time for people: "40 s", "12 min" or "3.4 h"."""
+def spell(seconds: float, language: str = "en") -> str:
+    """A time for people: "40 s", "12 min", "3.4 h" or "12 days". language: "en" or "zh"."""
+    second, minute, hour, day = ("s", "min", "h", "days") if language == "en" else ("秒", "分钟", "小时", "天")
     if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return f"{seconds:.0f} {second}"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} {minute}"
+    return f"{seconds / 3600:.1f} {hour}" if seconds < 72 * 3600 else f"{seconds / 86400:,.0f} {day}"
 
 
 # --- what lies in an output folder
@@ -174,54 +187,82 @@ def history_folder(output_dir: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Step:
-    """What is known of a step. kind: "done", "out of date", "interrupted", "running" or "not yet"; why: in words."""
+    """What is known of a step. kind: "done", "out of date", "interrupted", "running" or "not yet"; why: in words.
+
+    zh: the same words in Chinese; when: its end, in seconds since 1970; seconds: how long it took the last time.
+    """
 
     kind: str
     why: str = ""
+    zh: str = field(default="", compare=False)
+    when: float | None = field(default=None, compare=False)
+    seconds: float | None = field(default=None, compare=False)
 
 
-def of_step(section: str, settings: dict) -> Step:
-    """The state of the step "prepare", "lora", "full" or "evaluate". settings: {name: value} of its script."""
+def of_step(section: str, settings: dict, quick: bool = False) -> Step:
+    """The state of the step "prepare", "lora", "full" or "evaluate". settings: {name: value} of its script.
+
+    quick: take a large data file as unchanged where its time says so, instead of reading it.
+    """
     try:
-        return {"prepare": of_data, "evaluate": of_evaluation}.get(section, of_training)(settings)
+        if section == "prepare":
+            return of_data(settings, quick)
+        return of_evaluation(settings) if section == "evaluate" else of_training(settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not ours, or damaged: the step says what
         return Step("not yet")
 
 
-def of_data(settings: dict) -> Step:
+def as_asked(settings: dict, given: list[str]) -> dict:
+    """The settings without the language of a report where no flag asks for one: it comes from the terminal's then."""
+    asked = any(word.startswith("--report_language=") for word in given)
+    return {name: value for name, value in settings.items() if asked or name != "REPORT_LANGUAGE"}
+
+
+def of_data(settings: dict, quick: bool = False) -> Step:
     """The state of data/: done where it was made with these settings from the same files."""
     folder = Path(settings["DATA_DIR"])
+    path, name = folder / "manifest.json", settings["DATASET_NAME"]
     if handover.is_locked(folder):
-        return Step("running", handover.holder(folder))
-    if not (folder / "manifest.json").exists():
+        return _running(folder)
+    if not path.exists():
         return Step("not yet")
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    if changed := _changed(manifest["settings"], settings, ("DATA_DIR",)):
-        return Step("out of date", changed)
-    if manifest.get("source_files") != files_hash(settings["DATASET_NAME"]):
-        return Step("out of date", f"{settings['DATASET_NAME']} is not what it was")
-    counts = manifest["rows"]
-    return Step("done", f"{counts['train']} rows to train on, {counts['test']} to test")
+    manifest = json.loads(path.read_text("utf-8"))
+    took = noted_seconds(folder)
+    if changed := _changed(manifest["settings"], settings, ("DATA_DIR", "LANGUAGE")):
+        return Step("out of date", *changed, seconds=took)
+    if not (quick and _large_and_older(name, path)) and manifest.get("source_files") != files_hash(name):
+        return Step("out of date", f"{name} is not what it was", f"{name} 的内容变了", seconds=took)
+    train, test = manifest["rows"]["train"], manifest["rows"]["test"]
+    words = f"{train} rows to train on, {test} to test", f"训练 {train} 行，测试 {test} 行"
+    return Step("done", *words, when=path.stat().st_mtime, seconds=took)
 
 
 def of_training(settings: dict) -> Step:
     """The state of outputs/*_model: done where a run with this identity is finished."""
     method, output = "lora" if "LORA_R" in settings else "full", settings["OUTPUT_DIR"]
     if handover.is_locked(output):
-        return Step("running", handover.holder(output))
+        return _running(output)
     log = training_log(output)
     if not log:
         return Step("not yet")
+    summary = log["summary"]
+    took = summary["train_runtime_s"] + summary.get("paused_s", 0.0) if summary["status"] == "done" else None
     manifest = json.loads((Path(settings["DATA_DIR"]) / "manifest.json").read_text("utf-8"))
     differing = differences(log["identity"], identity(method, settings, manifest))
     if differing:
-        return Step("out of date", "; ".join(spelled(name, *values) for name, values in differing.items()))
-    summary = log["summary"]
+        english, chinese = (
+            [spelled(name, *values, language) for name, values in differing.items()] for language in ("en", "zh")
+        )
+        more = len(differing) - 3
+        rest = (f"; and {more} more", f"；另有 {more} 项") if more > 0 else ("", "")
+        return Step("out of date", "; ".join(english[:3]) + rest[0], "；".join(chinese[:3]) + rest[1], seconds=took)
     if not finished(output, method, log):
-        return Step("interrupted", f"at step {summary['steps']}")
+        return Step("interrupted", f"at step {summary['steps']}", f"停在第 {summary['steps']} 步")
     if settings.get("MERGE_ADAPTER") and not has_weights(Path(output) / "merged_model"):
-        return Step("out of date", "merged_model is not there")
-    return Step("done", f"eval_loss {summary['eval_loss']:.4f} in {spell(summary['train_runtime_s'])}")
+        return Step("out of date", "merged_model is not there", "缺少 merged_model", seconds=took)
+    loss, seconds = f"eval_loss {summary['eval_loss']:.4f}", summary["train_runtime_s"]
+    words = f"{loss} in {spell(seconds)}", f"{loss}，用时 {spell(seconds, 'zh')}"
+    return Step("done", *words, when=(Path(output) / "training_log.json").stat().st_mtime, seconds=took)
 
 
 def of_evaluation(settings: dict) -> Step:
@@ -229,12 +270,71 @@ def of_evaluation(settings: dict) -> Step:
     path = Path(settings["REPORT_DIR"]) / "evaluation_results.json"
     if not path.exists():
         return Step("not yet")
-    results = json.loads(path.read_text("utf-8"))
+    results, took = json.loads(path.read_text("utf-8")), noted_seconds(path.parent)
     if changed := _changed(results["settings"], settings, ("REPORT_DIR", "DATA_DIR", "LORA_DIR", "FULL_DIR")):
-        return Step("out of date", changed)
+        return Step("out of date", *changed, seconds=took)
     if results["data"].get("made_from") != made_from(settings):
-        return Step("out of date", "the data or a model is another one")
-    return Step("done", results["verdict"].splitlines()[0] if isinstance(results["verdict"], str) else "")
+        words = "the data or a model is another one", "数据或某个模型变了"
+        return Step("out of date", *words, seconds=took)
+    return Step("done", *headline(results["verdict"]), when=path.stat().st_mtime, seconds=took)
+
+
+def headline(verdict: str) -> tuple[str, str]:
+    """The verdict of an evaluation without its intervals, as one short line, in English and in Chinese."""
+    short = re.sub(r" \((?:95 % )?interval [^)]*\)| \(95 % [^)]*\)", "", " ".join(verdict.split()))
+    short = re.sub(r"^On the test split, in nats per token of the answers: (.*)\.$", r"nats per token: \1", short)
+    chinese = short.replace("nats per token: ", "每 token 的 nats：").replace("; ", "；")
+    for pattern, words in (
+        (r"(\w+) is better than (\w+) by ([\d.]+)", r"\1 优于 \2 \3"),
+        (r"(\w+) is worse than (\w+) by ([\d.]+)", r"\1 劣于 \2 \3"),
+        (r"no difference between (\w+) and (\w+) can be shown", r"\1 与 \2 之间看不出差异"),
+        (r"(\w+) against (\w+) is not decided", r"\1 与 \2 尚无定论"),
+        (r"^No verdict, because the comparison is not sound: ", "比较不成立，不下结论："),
+    ):
+        chinese = re.sub(pattern, words, chinese)
+    return short, chinese
+
+
+def of_sweep(folder: str | Path) -> Step:
+    """The state of the sweep in SWEEP_DIR, whichever question it asks; "interrupted" where runs are waiting."""
+    path, report = Path(folder) / "sweep.json", Path(folder) / "sweep_results.json"
+    if not path.exists():
+        return Step("not yet")
+    if handover.is_locked(folder):
+        return _running(folder)
+    try:
+        sweep = json.loads(path.read_text("utf-8"))
+        states = [run["state"] for run in sweep["runs"].values()]
+        fresh, name = any(run["phase"] == "seeds" for run in sweep["runs"].values()), sweep["plan"]["question"]["name"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Step("not yet")
+    over, failed = len(states) - states.count("waiting"), states.count("failed") + states.count("diverged")
+    words = f"{name}: {over} of {len(states)} runs", f"{name}：{len(states)} 次训练中的 {over} 次"
+    if failed:
+        words = f"{words[0]}, {failed} of them failed", f"{words[1]}，其中 {failed} 次失败"
+    if over == len(states) and fresh and report.exists():
+        return Step("done", *words, when=report.stat().st_mtime)
+    return Step("interrupted", *words)
+
+
+# --- how long a step took, where it does not say so itself
+
+
+def note_seconds(section: str, settings: dict, seconds: float) -> None:
+    """Note how long step 1 or 4 took, beside what it made; a training says so in its log."""
+    if key := {"prepare": "DATA_DIR", "evaluate": "REPORT_DIR"}.get(section):
+        with contextlib.suppress(OSError):  # a time is worth no error
+            (Path(settings[key]) / ".seconds").write_text(f"{seconds:.1f}\n", "utf-8")
+
+
+def noted_seconds(folder: Path) -> float | None:
+    """What note_seconds has noted; None where nothing was."""
+    with contextlib.suppress(OSError, ValueError):
+        return float((folder / ".seconds").read_text("utf-8"))
+    return None
+
+
+# --- what a step was made from
 
 
 def made_from(settings: dict) -> dict[str, str | None]:
@@ -259,9 +359,27 @@ def files_hash(name: str) -> str | None:
     return digest.hexdigest()
 
 
-def _changed(before: dict, now: dict, places: tuple[str, ...]) -> str:
-    """The first setting that differs, in words; "" where none does. places: settings that only say where files lie."""
+def _running(folder: str | Path) -> Step:
+    who = handover.holder(folder).strip(" ()")
+    return Step("running", who, who.replace("process ", "进程 ").replace(", since ", "，始于 "))
+
+
+def _large_and_older(name: str, made: Path) -> bool:
+    """Whether local data are too large to be read for a menu, and nothing of them is newer than what they made."""
+    place = hub.local_path(name)
+    if place is None:
+        return False
+    known = [path.stat() for path in (place.rglob("*") if place.is_dir() else [place]) if path.is_file()]
+    then = made.stat().st_mtime
+    return sum(one.st_size for one in known) > 50e6 and all(max(s.st_mtime, s.st_ctime) < then for s in known)
+
+
+def _changed(before: dict, now: dict, places: tuple[str, ...]) -> tuple[str, str] | None:
+    """The first setting that differs, in English and in Chinese; None where none does.
+
+    places: settings that only say where files lie, or in which language.
+    """
     for name in now:
         if name not in places and json.loads(json.dumps(now[name])) != before.get(name, now[name]):
-            return f"{name} was {before.get(name)!r} and is {now[name]!r}"
-    return ""
+            return tuple(spelled(name, before.get(name), now[name], language) for language in ("en", "zh"))
+    return None

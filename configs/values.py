@@ -14,6 +14,7 @@ A long list of words may be named above: `Schedule = Literal["cosine", "linear"]
 
 import ast
 import difflib
+import functools
 import io
 import json
 import math
@@ -334,6 +335,12 @@ def read_constants(path: str | Path) -> dict[str, Constant]:
     They are the top-level UPPERCASE names whose value is a literal (text, number, bool, None, list, dict),
     above the call of `override` (or `override_all`). OSError or SyntaxError where the source cannot be read.
     """
+    known = Path(path).stat()  # the menu asks for the same script many times
+    return dict(_read_constants(str(path), known.st_mtime_ns, known.st_size))
+
+
+@functools.lru_cache(maxsize=16)
+def _read_constants(path: str, changed: int, size: int) -> dict[str, Constant]:
     with tokenize.open(path) as file:
         source = file.read()
     tree = ast.parse(source, filename=str(path))

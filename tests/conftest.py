@@ -23,6 +23,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_DISABLE_TELEMETRY="1", CI="1"
 )
 os.environ.pop("HF_TOKEN", None)
+os.environ["LC_ALL"] = "C.UTF-8"  # the menu would speak the language of this terminal
 # A shell that puts the suite into the background lets it ignore Ctrl-C, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

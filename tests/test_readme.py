@@ -14,7 +14,7 @@ DEMO = "pip install -r requirements.txt && python run_all.py --demo"
 TESTS = "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest"
 CONSTANTS = {name: read_constants(ROOT / name) for name in SCRIPTS}
 SETTINGS = {name for constants in CONSTANTS.values() for name in constants} | set(read_constants(ROOT / "run_all.py"))
-RUN_ALL = {"--steps", "--yes", "--demo", "--language", "--preset", "--help"}
+RUN_ALL = {"--steps", "--yes", "--demo", "--language", "--preset", "--help", "--json"}
 LAUNCHERS = {"--machine_rank"}  # flags of accelerate and torchrun
 # Upper-case words in backticks that are not settings of ours.
 ENVIRONMENT = {
@@ -124,7 +124,7 @@ def check(script: str, words: list[str]) -> None:
         import run_all
 
         own = {"__file__": str(ROOT / script), **{n: c.default for n, c in read_constants(ROOT / script).items()}}
-        override_all(own, words)
+        override_all(own, run_all.status_asked(words)[1])
         assert own["STEPS"] is None or run_all.parse_steps(own["STEPS"])
     elif script in CONSTANTS:
         defaults = {name: constant.default for name, constant in CONSTANTS[script].items()}

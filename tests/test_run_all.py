@@ -1,10 +1,8 @@
 """run_all.py as its users meet it: in a terminal, with its real settings, and with steps that take no time.
 
-The stand-in steps are the real scripts down to `override(globals())`, so their settings are the real ones;
-what follows there writes down what the step was given, and behaves as the test asks.
+The menu's screens and words are in test_menu.py.
 """
 
-import json
 import os
 import re
 import resource
@@ -13,181 +11,76 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pexpect
 import pytest
 import yaml
 from conftest import ROOT, SCRIPTS, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stand_ins import BASE_MODEL, SMALL, behave, calls, end, leave, make_folder, run, steps, terminal
 
-from configs.settings import SECTIONS, list_presets, override, override_all, read_constants
-from run_all import TEXTS, parse_steps
+from configs.flags import read_flags
+from configs.settings import SECTIONS, override, override_all, read_constants
+from configs.typed import parse_steps
+from configs.values import Constant
+from configs.words import TEXTS
 
-STAND_IN = """
-override(globals())
-import json, signal, sys, time
-from pathlib import Path
-
-here = Path(__file__).resolve().parent
-names = ("MODEL_NAME", "NUM_EPOCHS", "LEARNING_RATE", "SEED", "COLUMN_MAP")
-seen = {name: globals()[name] for name in names if name in globals()}
-with open(here / "calls.jsonl", "a") as file:
-    file.write(json.dumps({"step": Path(__file__).name[0], "pid": os.getpid(), "argv": sys.argv[1:], **seen}))
-    file.write("\\n")
-behaviour = json.loads((here / "behaviour.json").read_text()).get(Path(__file__).name[0])
-if isinstance(behaviour, int):
-    sys.exit(behaviour)
-if behaviour == "saves":  # as a training does that is asked to stop
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-if behaviour == "finishes":  # as a training does that is asked to stop while it writes its final folder
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
-if behaviour:
-    print("READY", flush=True)
-    time.sleep(60)
-"""
-BASE_MODEL = """
-from pathlib import Path
-Path("outputs/demo_base_model").mkdir(parents=True)
-Path("outputs/demo_base_model/config.json").write_text("{}")
-with open("calls.jsonl", "a") as file:
-    file.write('{"step": "base model"}\\n')
-"""
-RUN_ALL_ONLY = {"PRESET", "STEPS", "YES", "DEMO", "LANGUAGE", "SWEEP", "SELECTION_SEEDS", "SEEDS"}
+RUN_ALL_ONLY = {"PRESET", "STEPS", "YES", "DEMO", "SWEEP", "SELECTION_SEEDS", "SEEDS"}
 RUN_ALL_ONLY |= {"SELECTION_FRACTION", "MARGIN", "SWEEP_DIR"}
-SMALL = "description: a small story\nall:\n  seed: 7\nlora:\n  learning_rate: 3e-4\n"
+# a model of which the menu knows that it takes seconds
+TOY = ("--model_name", "outputs/demo_base_model")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """run_all.py and configs/ as they are, beside four steps that only write down what they were given."""
-    shutil.copy(ROOT / "run_all.py", tmp_path)
-    (tmp_path / "configs" / "demo").mkdir(parents=True)
-    (tmp_path / "configs" / "presets").mkdir()
-    for path in (ROOT / "configs").glob("*.py"):
-        shutil.copy(path, tmp_path / "configs" / path.name)
-    shutil.copy(ROOT / "configs" / "presets" / "demo.yaml", tmp_path / "configs" / "presets" / "demo.yaml")
-    (tmp_path / "configs" / "presets" / "small.yaml").write_text(SMALL)
-    (tmp_path / "configs" / "demo" / "base_model.py").write_text(BASE_MODEL)
-    for name in SCRIPTS:
-        head, guard, _ = (ROOT / name).read_text("utf-8").partition('\nif __name__ == "__main__":')
-        assert guard
-        (tmp_path / name).write_text(head + "\nimport os\n" + STAND_IN)
-    behave(tmp_path)
-    return tmp_path
-
-
-def behave(folder: Path, **behaviour: object) -> None:
-    """behave(folder, _2=7): from now on step 2 ends with exit code 7; see STAND_IN for the words."""
-    (folder / "behaviour.json").write_text(json.dumps({k[1:]: v for k, v in behaviour.items()}))
-
-
-def calls(folder: Path) -> list[dict]:
-    """What was run since the last call of this function, in order."""
-    path = folder / "calls.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    path.unlink(missing_ok=True)
-    return [json.loads(line) for line in lines]
-
-
-def steps(folder: Path) -> str:
-    """The numbers of the steps that were run since the last call, in order."""
-    return "".join(call["step"] for call in calls(folder))
-
-
-def run(folder: Path, *words: str, cwd: Path | None = None, **more: object) -> subprocess.CompletedProcess:
-    """run_all.py without a terminal."""
-    return subprocess.run(
-        [sys.executable, str(folder / "run_all.py"), *words],
-        cwd=cwd or folder,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=30,
-        **more,
-    )
-
-
-def terminal(folder: Path, *words: str, python: tuple = (), **more: object) -> pexpect.spawn:
-    """run_all.py in a terminal of its own."""
-    command = [*python, str(folder / "run_all.py"), *words]
-    child = pexpect.spawn(sys.executable, command, cwd=str(folder), encoding="utf-8", timeout=20, **more)
-    child.delaybeforesend = None  # pexpect would wait 50 ms before each answer
-    return child
-
-
-def end(child: pexpect.spawn) -> str:
-    """What else it prints until it ends, with line ends as files have them."""
-    child.expect(pexpect.EOF)
-    child.close()
-    return child.before.replace("\r\n", "\n")
+    return make_folder(tmp_path)
 
 
 # --- the menu
 
 
-def test_the_menu_is_there_at_once_and_shows_steps_and_presets(folder):
-    seconds = []
-    for _ in range(3):
-        start = time.monotonic()
-        child = terminal(folder)
-        child.expect_exact(TEXTS["en"]["ask"])
-        seconds.append(time.monotonic() - start)
-        shown = child.before
-        child.sendline("q")
-        end(child)
-    # 0.2 s on an idle machine; importing torch alone would take more than this
-    assert min(seconds) < 1.5, seconds
-    for number, (script, what) in enumerate(zip(SCRIPTS, TEXTS["en"]["steps"], strict=True), 1):
-        assert re.search(rf"^ +{number} +{re.escape(script)} +{what}\r$", shown, re.MULTILINE), shown
-    for name, description in list_presets(folder).items():
-        assert description and re.search(rf"^ +{name} +{re.escape(description)}\r$", shown, re.MULTILINE)
-
-
 def test_the_menu_loads_no_heavy_library(folder):
     child = terminal(folder, python=("-X", "importtime"))
-    child.expect_exact(TEXTS["en"]["ask"])
+    child.expect_exact(TEXTS["en"]["prompt"])
     loaded = {line.rsplit("|", 1)[1].strip() for line in child.before.splitlines() if "|" in line}
     child.sendline("q")
     end(child)
-    assert {"configs.settings", "yaml"} <= loaded  # else the list is not what this test takes it for
+    assert {"configs.settings", "rich.console"} <= loaded  # else the list is not what this test takes it for
     assert not loaded & {"torch", "numpy", "transformers", "datasets", "trl", "huggingface_hub", "pyarrow"}
 
 
 def test_wrong_answers_are_asked_again(folder):
-    child = terminal(folder)
+    child = terminal(folder, *TOY)
     for answer in ("5", "0", "1,x", "2-", "-3", "4-2", "nonsense"):
-        child.expect_exact(TEXTS["en"]["ask"])
+        child.expect_exact(TEXTS["en"]["prompt"])
         child.sendline(answer)
-        child.expect_exact(TEXTS["en"]["wrong"])
-    child.expect_exact(TEXTS["en"]["ask"])
+        child.expect_exact(TEXTS["en"]["see_help"])
+    child.expect_exact(TEXTS["en"]["prompt"])
     assert not calls(folder)
     child.sendline("2, 1")
-    assert "All done" in end(child)
+    assert "All done" in leave(child)
     assert child.exitstatus == 0
     assert steps(folder) == "12"
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("1", "1"), ("", "1234"), ("3-4", "34")])
 def test_an_answer_runs_just_these_steps(folder, answer, expected):
-    child = terminal(folder)
-    child.expect_exact(TEXTS["en"]["ask"])
+    child = terminal(folder, *TOY)
+    child.expect_exact(TEXTS["en"]["prompt"])
     child.sendline(answer)
-    shown = end(child)
+    shown = leave(child)
     assert child.exitstatus == 0
     assert steps(folder) == expected
-    table = shown.rpartition("All done in ")[2].splitlines()[1:]
-    assert [line.split()[0] for line in table] == list(expected)  # one line of time for each
+    table = shown.rpartition("All done in ")[2].split("\n\n")[0].splitlines()[1:]
+    assert [line.split()[0] for line in table if line.strip()] == list(expected)  # one line of time for each
 
 
 @pytest.mark.parametrize(("leave", "code"), [("q", 0), ("Q", 0), ("quit", 0), ("\x04", 0), ("\x03", 130)], ids=repr)
 def test_leaving_runs_nothing(folder, leave, code):
     child = terminal(folder)
-    child.expect_exact(TEXTS["en"]["ask"])
+    child.expect_exact(TEXTS["en"]["prompt"])
     child.send(leave if leave < " " else leave + "\n")  # else Ctrl-D or Ctrl-C
     shown = end(child)
     assert TEXTS["en"]["nothing"] in shown
@@ -200,26 +93,17 @@ def test_the_menu_in_chinese(folder):
     words = TEXTS["zh"]
     # an ASCII locale is what a bare container has; the characters must come through all the same
     child = terminal(folder, "--language", "zh", env={**os.environ, "LC_ALL": "C"})
-    child.expect_exact(words["ask"])
-    for text in (*words["steps"], words["presets"]):
+    child.expect_exact(words["prompt"])
+    for text in words["steps"]:
         assert text in child.before
     child.sendline("9")
-    child.expect_exact(words["wrong"])
-    child.expect_exact(words["ask"])
+    child.expect_exact(words["see_help"])
+    child.expect_exact(words["prompt"])
     child.sendline("1")
-    shown = end(child)
+    shown = leave(child, "zh")
     assert words["done"].partition("{")[0] in shown and words["steps"][0] in shown
     assert child.exitstatus == 0
     assert steps(folder) == "1"
-
-
-def test_both_languages_say_the_same_things():
-    assert TEXTS["en"].keys() == TEXTS["zh"].keys()
-    for key, english in TEXTS["en"].items():
-        chinese = TEXTS["zh"][key]
-        assert len(english) == len(chinese) if isinstance(english, list) else english != chinese
-        assert sorted(re.findall(r"\{.*?\}", str(english))) == sorted(re.findall(r"\{.*?\}", str(chinese)))
-        assert re.search(r"[\u4e00-\u9fff]", str(chinese)) and not re.search(r"[\u4e00-\u9fff]", str(english))
 
 
 # --- without a terminal
@@ -245,7 +129,7 @@ def test_help_needs_no_terminal_and_runs_nothing(folder):
 
 def test_help_lists_its_settings_and_presets(folder):
     lines = run(folder, "--help").stdout.splitlines()
-    for line in ("  --steps str|none", "  --yes true|false", "  --demo true|false", "  --language en|zh"):
+    for line in ("  --steps str|none", "  --yes true|false", "  --demo true|false", "  --language auto|en|zh"):
         assert line in lines
     assert "      small        a small story" in lines
     assert sum(line.strip().startswith("--preset NAME") for line in lines) == 1
@@ -275,7 +159,7 @@ def test_its_constants_can_be_edited(folder):
     refused(
         run(folder, "--yes"),
         "run_all.py, line ",
-        "LANGUAGE is 'fr'; choose en or zh: change it there, or --language en",
+        "LANGUAGE is 'fr'; choose auto, en or zh: change it there, or --language auto",
     )
     assert not calls(folder)
 
@@ -283,7 +167,7 @@ def test_its_constants_can_be_edited(folder):
 def test_mistakes_in_its_own_settings_and_in_those_of_a_step_come_together(folder):
     result = run(folder, "--language", "fr", "--num_epoch", "1", "--batch_size", "0", "--yes", "maybe")
     assert refused(result) == [
-        "error: LANGUAGE is 'fr'; choose en or zh: --language en",
+        "error: LANGUAGE is 'fr'; choose auto, en or zh: --language auto",
         "error: unknown setting --num_epoch; did you mean --num_epochs?",
         "error: BATCH_SIZE is 0; it must be at least 1: --batch_size 4",
         "error: YES wants true or false (bool), e.g. --yes false; --yes has 'maybe'",
@@ -370,6 +254,19 @@ def test_flags_reach_the_steps_that_have_them(folder):
     assert (lora["LEARNING_RATE"], full["LEARNING_RATE"]) == (1e-4, defaults[SCRIPTS[2]])
 
 
+def test_a_word_that_only_run_all_knows_is_not_passed_on():
+    """--language auto, where a step wants en or zh."""
+    own = {"LANGUAGE": Constant("LANGUAGE", "auto", ("str",), choices=("auto", "en", "zh"))}
+    step = {"LANGUAGE": Constant("LANGUAGE", "en", ("str",), choices=("en", "zh"))}
+    for value, wanted in (("auto", [None]), ("zh", [None, "prepare"])):
+        problems = []
+        _, flags = read_flags(["--language", value], {None: own, "prepare": step}, dict, problems)
+        assert ([flag.step for flag in flags], problems) == (wanted, [])
+    problems = []
+    read_flags(["--language", "fr"], {None: own, "prepare": step}, dict, problems)
+    assert len(problems) == 1 and "choose auto, en or zh" in str(problems[0])
+
+
 def test_several_gpus_share_the_work_of_steps_2_to_4(folder, tmp_path):
     """As nvidia-smi has them, or CUDA_VISIBLE_DEVICES; the command is said, and two processes run each step."""
     tools = tmp_path / "tools"
@@ -401,10 +298,10 @@ def test_a_preset_reaches_all_steps_and_flags_beat_it(folder):
 
 
 def test_flags_hold_for_what_is_chosen_in_the_menu(folder):
-    child = terminal(folder, "--preset", "small", "--num-epochs", "2")
-    child.expect_exact(TEXTS["en"]["ask"])
+    child = terminal(folder, *TOY, "--preset", "small", "--num-epochs", "2")
+    child.expect_exact(TEXTS["en"]["prompt"])
     child.sendline("3")
-    end(child)
+    leave(child)
     (full,) = calls(folder)
     assert (full["step"], full["SEED"], full["NUM_EPOCHS"]) == ("3", 7, 2.0)
 
@@ -435,7 +332,7 @@ def test_the_demo_makes_its_base_model_once(folder):
         (["--num_epochs", "many"], "NUM_EPOCHS wants a finite number"),
         (["--steps", "7"], "--steps 2-4"),
         (["--steps", "1-"], "--steps 2-4"),
-        (["--language", "fr"], "choose en or zh"),
+        (["--language", "fr"], "choose auto, en or zh"),
         (["--yes=2"], "YES wants true or false"),
         (["--seed", "1", "2"], "unexpected argument '2'"),
         (["--step", "1"], "unknown setting --step; did you mean --steps?"),
@@ -478,7 +375,7 @@ def test_a_chinese_menu_gives_a_chinese_report(folder):
         *others, last = calls(folder)
         given = [word for word in last["argv"] if "report_language" in word or word in ("zh", "en")]
         assert wanted is None and not given or wanted in " ".join(given)
-        assert not [word for call in others for word in call["argv"] if "language" in word]
+        assert not [word for call in others[1:] for word in call["argv"] if "language" in word]
 
 
 # --- a step that fails
@@ -593,8 +490,9 @@ def test_an_interrupted_run_goes_on_with_its_command(folder):
 def test_every_preset_fits_all_four_scripts(preset, capsys):
     data = yaml.safe_load((ROOT / "configs" / "presets" / f"{preset}.yaml").read_text("utf-8"))
     assert data["description"]
+    assert re.search(r"[\u4e00-\u9fff]", data["description_zh"])
     # the menu has one line for it
-    assert "\n" not in data["description"].strip()
+    assert "\n" not in data["description"].strip() + data["description_zh"].strip()
     own = {name: constant.default for name, constant in read_constants(ROOT / "run_all.py").items()}
     dealt = override_all({"__file__": str(ROOT / "run_all.py"), **own}, ["--preset", preset])
     for script, section in SECTIONS.items():

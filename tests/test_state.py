@@ -308,6 +308,15 @@ def test_only_the_main_process_moves_and_removes(work, monkeypatch):
     assert (work / "out" / "checkpoint-16").exists()
 
 
+def test_a_model_on_the_hub_is_not_the_one_that_lay_here(done):
+    """Which commit it has is not known before it is read; that it is another model is."""
+    handover.write_json(done / "data" / "manifest.json", MANIFEST)
+    now = vars(settings_of(done, MODEL_NAME="org/model"))
+    assert state.of_step("full", now) == state.Step(
+        "out of date", f"MODEL_NAME was {str(done / 'model')!r} and is 'org/model'"
+    )
+
+
 # --- damage
 
 
@@ -415,6 +424,11 @@ def test_the_state_of_a_training(done):
     now = vars(settings_of(done))
     assert state.of_step("full", now) == state.Step("done", "eval_loss 2.2500 in 2 min")
     assert state.of_step("full", {**now, "SEED": 1}) == state.Step("out of date", "SEED was 42 and is 1")
+    assert state.of_step("full", {**now, "SEED": 1}).zh == "SEED 原为 42，现为 1"
+    many = {**now, "SEED": 1, "LEARNING_RATE": 1.0, "NUM_EPOCHS": 9.0, "WEIGHT_DECAY": 0.5, "MAX_LENGTH": 7}
+    assert state.of_step("full", many).why.endswith("; and 2 more")
+    known = state.of_step("full", now)
+    assert known.when == (done / "out" / "training_log.json").stat().st_mtime and known.seconds == 120
     write_log(done, "running")
     assert state.of_step("full", now) == state.Step("interrupted", "at step 16")
     with handover.lock(done / "out"):
@@ -423,3 +437,50 @@ def test_the_state_of_a_training(done):
     for damage in ("", "[]", "{}"):
         (done / "out" / "training_log.json").write_text(damage)
         assert state.of_step("full", now) == state.Step("not yet")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "english", "chinese"),
+    [
+        (
+            "On the test split, in nats per token of the answers: lora is worse than base by 0.1 (95 % interval 0.0 "
+            "to 0.2); full against lora is not decided (95 % interval -0.1 to +0.2, but the adjusted p = 0.080).",
+            "nats per token: lora is worse than base by 0.1; full against lora is not decided",
+            "每 token 的 nats：lora 劣于 base 0.1；full 与 lora 尚无定论",
+        ),
+        (
+            "No verdict, because the comparison is not sound: the data (of lora) are others",
+            "No verdict, because the comparison is not sound: the data (of lora) are others",
+            "比较不成立，不下结论：the data (of lora) are others",
+        ),
+    ],
+)
+def test_a_verdict_in_one_line(verdict, english, chinese):
+    assert state.headline(verdict) == (english, chinese)
+
+
+def test_the_real_verdict_is_shortened():
+    """The patterns are those of the report's own sentences."""
+    import yaml
+
+    words = yaml.safe_load((ROOT / "configs/evaluation/templates/en.yaml").read_text("utf-8"))
+    values = {"a": "full", "b": "lora", "difference": 0.5, "low": 0.4, "high": 0.6, "p": 0.2}
+    for key in ("verdict_better", "verdict_worse", "verdict_none", "verdict_unsure"):
+        short, chinese = state.headline(words["verdict"].format(pairs=words[key].format(**values)))
+        assert short.startswith("nats per token: ") and "interval" not in short and "full" in short, short
+        assert not [word for word in ("better", "worse", "between", "decided") if word in chinese]
+
+
+def test_a_large_file_is_read_in_full_only_where_that_is_needed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("wb") as file:
+        file.truncate(60_000_000)
+    now = {"DATASET_NAME": "rows.jsonl", "DATA_DIR": "data"}
+    counts = {"train": 1, "test": 1}
+    manifest = {"settings": now, "source_files": "of other rows", "rows": counts}
+    handover.write_json(tmp_path / "data" / "manifest.json", manifest)
+    assert state.of_step("prepare", now, quick=True).kind == "done"
+    assert state.of_step("prepare", now).kind == "out of date"
+    rows.touch()
+    assert state.of_step("prepare", now, quick=True).kind == "out of date"
