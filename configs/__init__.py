@@ -22,3 +22,5 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # torchao tries kernels for other GPUs than this machine's when it loads, and says so each time.
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
+# DeepSpeed reports that there is no GPU whenever a library imports it. (It sets its level itself.)
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
