@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 from configs import hub
-from configs.settings import fail, freeze, main_process, override, say
+from configs.settings import command, fail, freeze, main_process, override, say
 
 # --- data set
 DATASET_NAME: Annotated[str, "not empty"] = "gbharti/finance-alpaca"  # Hub name, or a local file or folder
@@ -61,6 +61,7 @@ import pyarrow
 from tqdm.auto import tqdm
 
 from configs import chat, handover, state
+from configs.ending import say_done
 from configs.preparation.conversations import (
     STRING_MARKS,
     BadFunction,
@@ -462,12 +463,11 @@ def main() -> None:
         handover.write_json(new / "test_prompts.json", prompts)
         write_report(manifest, rows, ids, tokenizer, tally.long, new)
         handover.write_json(new / "manifest.json", manifest)
-    say(
-        f"done: {sizes['train']} rows to train on in {folder}/train, {sizes['validation']} to validate and "
-        f"{sizes['test']} to test in {folder}/eval, {len(prompts)} test prompts; look at {folder}/dataset_report.md"
-    )
     if sizes["test"] < 100:
         say(f"note: a test split of {sizes['test']} rows shows only large differences; 100 or more would be better")
+    what = f"{sizes['train']} rows to train on in {folder}/train, {sizes['validation']} to validate and "
+    what += f"{sizes['test']} to test in {folder}/eval, {len(prompts)} test prompts"
+    say_done(what, f"{folder}/dataset_report.md", command(handover.LORA))
 
 
 if __name__ == "__main__":

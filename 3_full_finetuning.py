@@ -14,7 +14,7 @@ import os
 from typing import Annotated, Literal
 
 from configs import hub
-from configs.settings import fail, freeze, override, say
+from configs.settings import fail, freeze, override
 
 # --- model
 MODEL_NAME = "microsoft/phi-2"  # Hub name or local folder of the base model
@@ -77,7 +77,8 @@ SAVE_TOTAL_LIMIT: Annotated[int, "x >= 1"] = 2  # checkpoints to keep; the best 
 # is where it is finished; another one is only moved to outputs/history, when that is asked for.
 RESUME: bool | Literal["auto"] = "auto"  # true: go on or fail; false: as RERUN; auto: go on where it can
 RERUN = False  # train again, and move the run that lies in OUTPUT_DIR to outputs/history
-REPORT_TO = "tensorboard"  # where the Trainer reports to: tensorboard, wandb, mlflow, several of them, or none
+REPORT_TO = "tensorboard"  # tensorboard, wandb, mlflow, trackio, swanlab, several of them, or none
+QUIET = False  # show only the first and the last line, warnings and errors
 
 # --- output
 OUTPUT_DIR = "outputs/full_model"  # checkpoints, training_log.json, TensorBoard events and the final model
@@ -94,10 +95,11 @@ from configs import chat, device, handover, models
 from configs.training.before import meet, model_config, preflight, problems
 from configs.training.export import save_final
 from configs.training.memory import Plan, make_plan
+from configs.training.progress import callbacks
 from configs.training.replay import with_replay
 from configs.training.resume import make_room, where_to_start
 from configs.training.runlog import RunLog, finish, run
-from configs.training.trainer import ExactTrainer, callbacks, deepspeed_file, token_rows
+from configs.training.trainer import ExactTrainer, deepspeed_file, token_rows
 
 
 def training_arguments(settings, plan: Plan) -> SFTConfig:
@@ -179,7 +181,7 @@ def main() -> None:
         train_rows = with_replay(train_rows, settings, tokenizer)
         eval_rows = token_rows(settings.DATA_DIR, "validation", settings.MAX_EVAL_SAMPLES, *limits)
         plan = make_plan(settings, config, max(train_rows["length"]), adapter, start.plan)
-        preflight(train_rows, eval_rows, tokenizer, settings, plan, start)
+        preflight(train_rows, eval_rows, tokenizer, settings, config, plan, start)
 
         # --- model and trainer
         make_room(start, settings.OUTPUT_DIR)
@@ -202,7 +204,6 @@ def main() -> None:
         run(trainer, log)
         save_final(trainer, "final_model", config.dtype, log)
         finish(trainer, log)
-        say(f"done: {settings.OUTPUT_DIR}: final_model, training_log.json, training_curves.png")
     device.leave()
 
 

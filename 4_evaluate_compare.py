@@ -75,6 +75,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from configs import chat, device, handover, models, state
+from configs.ending import say_done
 from configs.evaluation import benchmarks, metrics
 from configs.evaluation.candidates import (
     TRAINED,
@@ -536,11 +537,14 @@ def main() -> None:
     say(f"\n{summary_table(results, words)}\n\n{verdict(results, PAIRS, words)}\n")
     for note in warnings:
         say(f"{words['warning']}: {sentence(note, words)}")
-    files = ", ".join(
-        f"{folder}/{name}" for name in ("evaluation_report.html (.md)", "evaluation_results.json", "plots/")
+    files = ["evaluation_report.html (.md)", "evaluation_results.json", "plots/"]
+    perplexities = [f"{words.get(label, label)} {model['perplexity']:,.2f}" for label, model in described.items()]
+    say_done(
+        f"{words['perplexity']}: {', '.join(perplexities)}",
+        f"{', '.join(f'{folder}/{name}' for name in files)}; {words['tensorboard']}: tensorboard --logdir ./outputs/",
+        command(__file__, "--prompt", words["your_question"]),
+        words["ending"],
     )
-    print(f"{words['look_at']}: {files}")
-    print(f"{words['tensorboard']}: tensorboard --logdir ./outputs/")
     device.leave()
 
 

@@ -18,7 +18,10 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ) and o
 
 # Deprecations among the libraries and an optional kernel of the Hub: nothing that a user can act on.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*is deprecated")
+warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # accelerate then sets it well
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # torchao tries kernels for other GPUs than this machine's when it loads, and says so each time.
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
+# DeepSpeed reports that there is no GPU whenever a library imports it. (It sets its level itself.)
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())

@@ -31,6 +31,8 @@ from transformers.utils import find_adapter_config_file
 from configs import device, hub
 from configs.settings import fail, say
 
+transformers.utils.logging.disable_progress_bar()  # "Loading weights", "Writing model shards"
+
 POINTER = b"version https://git-lfs.github.com/spec/"  # what stands in a file that a clone without git-LFS left
 READ = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of a model's folder, nothing else is read
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")  # reading one can run code
@@ -254,14 +256,9 @@ def rehearse(kind: type, name: str, revision: str | None, config: PretrainedConf
     """Match the weights of a model with its configuration by name and shape, from their headers, without storage."""
     if getattr(config, "quantization_config", None) is not None:
         return  # weights that are quantised already have shapes of their own
-    what, shown = named(name, flag), transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # it is only a look
-    try:
-        with loading(what, mend), hub.hub_errors("model", name, flag, revision):
-            _, found = _from_pretrained(kind, name, revision, config, device_map="meta")
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
+    what = named(name, flag)
+    with loading(what, mend), hub.hub_errors("model", name, flag, revision):
+        _, found = _from_pretrained(kind, name, revision, config, device_map="meta")
     refuse_gaps(found, what, mend)
 
 

@@ -12,7 +12,6 @@ Mistakes are collected, shown at once on stderr as `error: ...` lines, and end t
 
 import atexit
 import contextlib
-import errno
 import os
 import re
 import select
@@ -30,7 +29,7 @@ from typing import NoReturn
 
 from configs.flags import ROOT, SECTIONS, Flag, list_presets, preset_path, read_flags, read_preset
 from configs.secrets import redact
-from configs.text import visible
+from configs.text import disk_full, visible
 from configs.values import Constant, as_text, read_constants
 
 RUN_ALL = "run_all.py"
@@ -41,11 +40,6 @@ SAME_FOLDER = {
     ("4_evaluate_compare.py", "lora_dir"): ("2_lora_finetuning.py", "output_dir"),
     ("4_evaluate_compare.py", "full_dir"): ("3_full_finetuning.py", "output_dir"),
 }
-# What the operating system, torch and safetensors, and datasets say of a full disk.
-DISK_FULL = re.compile(
-    "No space left on device|Disk quota exceeded|PytorchStreamWriter failed|file write failed|iostream error"
-    "|Not enough disk space"
-)
 # What our modules import that requirements.txt does not name, because it comes with what is named there.
 COMES_ALONG = "huggingface_hub numpy packaging pyarrow safetensors tokenizers tqdm".split()
 
@@ -60,6 +54,9 @@ class Run:
 
 
 _run: Run | None = None  # of this process
+_quiet = False  # QUIET of this run
+# A line that is redrawn in place makes room for what is said meanwhile (configs/training/progress.py).
+beside_line: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 # --- one line, once
@@ -75,10 +72,20 @@ def first_on_machine() -> bool:
     return os.environ.get("LOCAL_RANK", "") in ("", "0")
 
 
-def say(*words: object) -> None:
-    """Print one line, once per run however many processes there are; data in it cannot steer the terminal."""
-    if main_process():
-        print(visible(redact(" ".join(map(str, words)))), flush=True)
+def is_quiet() -> bool:
+    """Whether QUIET was asked for: the first and the last line of a step, warnings and errors only."""
+    return _quiet
+
+
+def say(*words: object, always: bool = False) -> None:
+    """Print one line, once per run however many processes there are; data in it cannot steer the terminal.
+
+    With QUIET, only what begins with note:, warning: or error: is printed, and what is to be said `always`.
+    """
+    text = visible(redact(" ".join(map(str, words))))
+    if main_process() and (always or not _quiet or text.startswith(("note: ", "warning: ", "error: "))):
+        with beside_line():
+            print(text, flush=True)
 
 
 def fail(*problems: object) -> NoReturn:
@@ -139,17 +146,6 @@ def _end_thread(args: threading.ExceptHookArgs) -> None:
     """TensorBoard's writer is a thread: where the disk is full, the program says so itself."""
     if not disk_full(args.exc_value):
         threading.__excepthook__(args)
-
-
-def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, is that of a full disk; the libraries have words of their own for it."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or DISK_FULL.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _end_without_reader() -> None:
@@ -229,15 +225,15 @@ def override(constants: dict, argv: list[str] | None = None, check: Callable[[di
     """Apply `--preset` and then the flags to a script's constants, in place: `override(globals())`.
 
     `constants` needs `__file__`: names, types and help are read from that source, presets from the folder
-    configs/presets beside it. `argv` is sys.argv[1:] unless given. Prints each change and where it came from,
-    on the main process only, and returns {name: new value} of what changed. `--help` prints the settings and
-    exits with 0, mistakes exit with 2.
+    configs/presets beside it. `argv` is sys.argv[1:] unless given. Prints in one line what changed and where it
+    came from, on the main process only, and returns {name: new value} of what changed. `--help` prints the settings
+    and exits with 0, mistakes exit with 2.
 
     `check` finds what else can be seen before the heavy imports: it is given {name: value} of all settings as they
     would be, and returns a sentence for each problem. They are shown with the others:
     `override(globals(), check=lambda values: check_model(values["MODEL_NAME"]))`.
     """
-    global _run
+    global _run, _quiet
     script, known, argv = _begin(constants, argv)
     problems = []
 
@@ -250,7 +246,7 @@ def override(constants: dict, argv: list[str] | None = None, check: Callable[[di
 
     preset, flags = read_flags(argv, {script.name: known}, owners, problems)
     chosen = {} if preset is None else read_preset(preset, script.parent, scripts(), problems).get(script.name, {})
-    chosen |= {flag.constant.name: (flag.value, flag.shown) for flag in flags}
+    chosen |= {flag.constant.name: (flag.value, "command line") for flag in flags}
     untouched = {name: constant for name, constant in known.items() if name not in chosen}
     problems += check_values(script.name, untouched, constants)
     if check:
@@ -258,12 +254,15 @@ def override(constants: dict, argv: list[str] | None = None, check: Callable[[di
         problems += check(now | {name: value for name, (value, _) in chosen.items()})
     if problems:
         fail(*problems)
-    changed = {}
+    changed, told = {}, {}
     for name, (value, source) in chosen.items():
         old = constants.get(name, known[name].default)
         if value != old or type(value) is not type(old):
             constants[name] = changed[name] = value
-            say(f"settings: {name} = {value!r} (was {old!r}, from {source})")
+            told.setdefault(source.partition(", section ")[0], []).append(f"{name} = {value!r}")
+    _quiet = bool(constants.get("QUIET"))
+    if told:
+        say("settings: " + "; ".join(f"{', '.join(changes)} ({source})" for source, changes in told.items()))
     _run = Run(script, preset, {flag.constant.name.lower(): flag.typed for flag in flags})
     return changed
 

@@ -3,6 +3,7 @@
 What users, data, models and servers say may hold anything. Light: imported before torch.
 """
 
+import errno
 import re
 from pathlib import Path
 
@@ -13,6 +14,11 @@ STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 MARKUP = re.compile(r"[\\`*{}\[\]<>()#+!|~$\"]|(?<![^\W_])_|_(?![^\W_])|\A-")
 YAML_BYTES = 1_000_000  # a larger file is given by mistake, and would take minutes to read
 YAML_VALUES = 10_000  # most values of a YAML text, its aliases written out
+# What the operating system, torch and safetensors, and datasets say of a full disk.
+DISK_FULL = re.compile(
+    "No space left on device|Disk quota exceeded|PytorchStreamWriter failed|file write failed|iostream error"
+    "|Not enough disk space"
+)
 
 
 # --- for people
@@ -117,3 +123,17 @@ def load_yaml(text: str) -> tuple[object, list[str]]:
         # a tag and a value that do not fit, which PyYAML does not check: !!bool maybe, 2024-13-01
         what = " ".join(str(error).partition("; use sys.")[0].split())
         return None, [*problems, what if type(error) is ValueError else "a value does not fit its tag (!!)"]
+
+
+# --- errors of the libraries
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that of a full disk; the libraries have words of their own for it."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or DISK_FULL.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -89,6 +89,7 @@ def test_nothing_but_the_hub_was_asked(hub, pipeline):
 def test_constants_are_untouched(pipeline):
     changes = [line for text in pipeline[1] for line in text.splitlines() if line.startswith("settings: ")]
     assert [line.split()[1] for line in changes] == ["NUM_EPOCHS", "NUM_EPOCHS", "MAX_NEW_TOKENS"]
+    assert all(line.count(" = ") == 1 for line in changes)
 
 
 @pytest.mark.slow

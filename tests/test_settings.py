@@ -306,7 +306,7 @@ def test_missing_and_needless_values(root):
 
 def test_changes_are_printed_on_the_main_process_only(root):
     done = run(root, "lora", "--learning_rate", "1e-4", env={"RANK": "0"})
-    assert "settings: LEARNING_RATE = 0.0001 (was 0.0002, from --learning_rate)\n" in done.stdout
+    assert "settings: LEARNING_RATE = 0.0001 (command line)\n" in done.stdout
     done = run(root, "lora", "--learning_rate", "1e-4", env={"RANK": "1"})
     assert "settings:" not in done.stdout and done.result["LEARNING_RATE"] == 1e-4
 
@@ -371,7 +371,10 @@ def test_precedence(root):
     assert value(root, "lora", "BATCH_SIZE", "--preset", "both") == 3
     assert value(root, "lora", "BATCH_SIZE", "--batch_size", "4", "--preset", "both") == 4
     done = run(root, "lora", "--preset=both")
-    assert "settings: BATCH_SIZE = 3 (was 8, from preset both, section lora)\n" in done.stdout
+    assert "settings: BATCH_SIZE = 3 (preset both)\n" in done.stdout
+    done = run(root, "lora", "--preset=both", "--learning_rate", "1e-4", "--no_use_4bit")
+    said = "settings: BATCH_SIZE = 3 (preset both); LEARNING_RATE = 0.0001, USE_4BIT = False (command line)"
+    assert [line for line in done.stdout.splitlines() if line.startswith("settings")] == [said]
 
 
 def test_two_methods_differ_in_one_preset(root):

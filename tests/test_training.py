@@ -61,6 +61,7 @@ def plan_of(c: SimpleNamespace, tokens: int | None = None) -> Plan:
         parts={},
         free=0,
         disk=0,
+        kept=0,
         attention="sdpa",
         packing=False,
     )

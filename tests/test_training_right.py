@@ -505,7 +505,8 @@ def test_the_preflight_shows_a_row_and_the_counts(prepared, tiny, tmp_path):
     assert "packing off: sdpa does not keep packed rows apart" in said
     log = json.loads((work / "outputs/full_model/training_log.json").read_text(encoding="utf-8"))
     assert log["plan"]["planned_bytes"] == sum(log["plan"]["parts"].values())
-    assert log["summary"]["peak_memory_bytes"] > 0 and log["notes"] == []
+    assert log["summary"]["peak_memory_bytes"] > 0
+    assert [note.partition(":")[0] for note in log["notes"]] == ["the base hardly knows the language of the answers"]
     first = log["history"][0]
     assert first["step"] == 0 and math.isfinite(first["eval_loss"])  # the loss before training
     assert all("tokens_per_second" in record for record in log["history"] if "loss" in record)

@@ -81,9 +81,13 @@ def read_question(name: str, root: Path = ROOT) -> tuple[dict, list[Arm]]:
 
 def grid(method: str, width: int, count: int = RATES) -> list[float]:
     """`count` learning rates, half decades apart, around the one nearest to a method's centre; width: of the model."""
-    centre = CENTRE * WIDTH / width * (LORA_TIMES if method == "lora" else 1)
-    middle = round(2 * math.log10(centre))
+    middle = round(2 * math.log10(centre(method, width)))
     return [half_decade(middle + k - count // 2) for k in range(count)]
+
+
+def centre(method: str, width: int) -> float:
+    """The learning rate that "lora" or "full" mostly wants with Adam on a model of this width."""
+    return CENTRE * WIDTH / width * (LORA_TIMES if method == "lora" else 1)
 
 
 def half_decade(k: int) -> float:

@@ -19,12 +19,13 @@ from datasets import Dataset
 
 from configs import chat, device, handover, hub, models
 from configs.settings import command, fail, first_on_machine, main_process, say
-from configs.training import checkpoints
+from configs.training import checkpoints, doubts
 from configs.training.memory import Plan, sharing
 from configs.training.resume import Start, say_new_end
 from configs.training.trainer import StepSampler, cut, deepspeed_path
 
 MOST_ROWS = 100_000  # of an optimizer step; the memory plan tries every number of them, which takes seconds then
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "none")  # REPORT_TO; each is a package's name
 
 # --- settings and model
 
@@ -52,10 +53,9 @@ def problems(settings: dict) -> list[str]:
             "--batch_size 4 --gradient_accumulation_steps 4"
         )
     for tracker in settings["REPORT_TO"].replace(" ", "").split(","):
-        modules = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "none": "torch"}
-        if tracker not in modules:
-            wrong.append(f"REPORT_TO is {tracker!r}; choose one of: {', '.join(modules)}")
-        elif importlib.util.find_spec(modules[tracker]) is None:
+        if tracker not in TRACKERS:
+            wrong.append(f"REPORT_TO is {tracker!r}; choose one of: {', '.join(TRACKERS)}")
+        elif tracker != "none" and importlib.util.find_spec(tracker) is None:
             wrong.append(f"REPORT_TO is {tracker!r}, which is not installed: pip install {tracker}")
     if "none" in settings["REPORT_TO"] and settings["REPORT_TO"].strip() != "none":
         wrong.append(f"REPORT_TO is {settings['REPORT_TO']!r}; none stands alone: --report_to none")
@@ -124,10 +124,10 @@ def model_config(name: str, revision: str | None, max_length: int, weights: bool
 # --- processes, the rows
 
 
-def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Plan, start: Start) -> None:
+def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, config, plan: Plan, start: Start) -> None:
     """Show one row as the model will see it, and what the run will do. Ends with exit code 2 where that is nothing.
 
-    rows, validation: with input_ids and labels. The trained tokens stand between the brackets.
+    rows, validation: with input_ids and labels; config: of the model. The trained tokens stand between the brackets.
     """
     row = rows[0]
     first = next(n for n, label in enumerate(row["labels"]) if label != -100)
@@ -160,10 +160,15 @@ def preflight(rows: Dataset, validation: Dataset, tokenizer, settings, plan: Pla
     padding = 0 if plan.packing else 1 - lengths.sum() / sum(len(part) * part.max() for part in passes)
     if sharing(settings)["engine"] == "fsdp":
         say("note: FSDP was not tried on a GPU yet; on the CPU, accelerate takes DDP instead")
+    method = "LoRA" if hasattr(settings, "LORA_R") else "full fine-tuning"
     say(
-        f"{len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them trained, {padding:.1%} padding; "
-        f"{len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} of them warm-up"
+        f"{method} of {settings.MODEL_NAME}: {len(rows)} rows of {lengths.sum():,} tokens, {trained:,} of them "
+        f"trained, {padding:.1%} padding; {len(validation)} rows to validate; {steps} steps of {step} rows, {warmup} "
+        "of them warm-up",
+        always=True,
     )
+    if doubt := doubts.odd_rate(settings, config.get_text_config().hidden_size):
+        say(f"warning: {doubt}")
     say_new_end(start, settings, steps)
 
 

@@ -242,7 +242,10 @@ def _make_plan(settings, config, dtype: torch.dtype, length: int, adapter, free:
     choices = (on, optim, half, tokens, rows)
     plan = Plan(*choices, planned, free, disk, kept, implementation, packed, NAMES[dtype], why, sizes.total)
     method = "LoRA" if lora else "full"
-    say(f"memory plan, {method}, passes of up to {tokens:,} tokens, rows of up to {length:,}:\n{plan.table()}")
+    say(
+        f"memory plan, {method}, passes of up to {tokens:,} tokens, rows of up to {length:,}:\n{plan.table()}",
+        always=settings.PLAN_ONLY,
+    )
     if plan.total > free and before:
         fail(
             f"{settings.OUTPUT_DIR}: the interrupted run was trained with {optim} and {NAMES[dtype]}, which needs "

@@ -81,7 +81,10 @@ def _decide(settings, now: dict) -> Start:
     if done and not differing:
         merged = not getattr(settings, "MERGE_ADAPTER", False) or state.has_weights(Path(output) / "merged_model")
         if merged and settings.RESUME is not True:
-            say(f"already done: {output}: {_told(log, sealed)}; to train it again: {command(script, '--rerun')}")
+            say(
+                f"already done: {output}: {_told(log, sealed)}; to train it again: {command(script, '--rerun')}",
+                always=True,
+            )
             raise SystemExit(0)
     alone = None  # the newest that is whole but for its best one
     for checkpoint, wrong, of_best in checkpoints.whole(sealed):

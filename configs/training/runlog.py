@@ -17,13 +17,16 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from configs import chat, device, handover
 from configs.device import GB
-from configs.settings import command, disk_full, fail, say
-from configs.state import spell
+from configs.ending import say_done
+from configs.settings import ROOT, command, disk_full, fail, main_process, say
+from configs.state import final_folder, has_weights
 from configs.text import visible
-from configs.training import checkpoints
+from configs.training import checkpoints, doubts
 from configs.training.memory import Plan
+from configs.training.progress import Progress, replace_theirs
 from configs.training.resume import Start
 from configs.training.trainer import ExactTrainer
+from configs.values import read_constants
 
 # --- while it runs
 
@@ -55,10 +58,11 @@ class RunLog(TrainerCallback, ExportableState):
         self.pause: Callable[[], float] = lambda: 0.0  # seconds of this run that were not training
         self.written = (0.0, 0.0)  # when the log was last written, and how long that took
         self.unwritten = False  # whether the disk was too full for the log
-        self.steps: list[float] = []  # seconds of training at the end of each step of this run
+        self.progress = Progress(self)
         self.signal: int | None = None
         self.asked = 0.0  # when a signal came, by time.monotonic
         self.prompts: list[tuple[list[int], list[int]]] = []  # (prompt, answer) whose answers TensorBoard shows
+        self.answers, self.vocabulary = [], 0  # of the validation rows; tokens of the tokenizer
 
     def state(self) -> dict:
         """What a checkpoint keeps of this callback (transformers' ExportableState)."""
@@ -113,7 +117,9 @@ class RunLog(TrainerCallback, ExportableState):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal, self.asked = number, now
-        say(f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint (again: stop at once)")
+        words = f"{signal.Signals(number).name}: finishing this step, then saving a checkpoint (again: stop at once)"
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # print may be what this has interrupted
+            os.write(sys.stdout.fileno(), f"\n{words}\n".encode() if main_process() else b"")
 
     def on_step_end(self, args, state, control, **kwargs):
         stop = self.signal is not None
@@ -124,10 +130,6 @@ class RunLog(TrainerCallback, ExportableState):
             self.signal = self.signal or (signal.SIGTERM if stop else None)
         if stop:
             control.should_save = control.should_training_stop = True
-        self.steps.append(self.elapsed())
-        if len(self.steps) == 6 and state.max_steps > state.global_step:  # five steps behind the first, which warms up
-            left = (self.steps[-1] - self.steps[0]) / 5 * (state.max_steps - state.global_step)
-            say(f"\nabout {spell(left)} of training to go, as the first steps went; evaluation and saving come on top")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.write(state, "running")
@@ -148,8 +150,12 @@ class RunLog(TrainerCallback, ExportableState):
             )
         if "eval_loss" in (logs or {}) and (note := overfitting(state.log_history)):
             if not any(n.startswith("overfitting") for n in self.head["notes"]):
-                say(f"\nnote: {note}")
+                say(f"note: {note}")
                 self.head["notes"].append(note)
+        if "eval_loss" in (logs or {}) and state.global_step == 0:  # of the base
+            if doubt := doubts.unknown_language(logs["eval_loss"], logs["eval_tokens"], self.answers, self.vocabulary):
+                say(f"warning: {doubt}")
+                self.head["notes"].append(doubt)
 
     def on_evaluate(self, args, state, control, model=None, processing_class=None, **kwargs):
         """Greedy answers to a few validation prompts, for TensorBoard's text tab."""
@@ -212,7 +218,7 @@ class RunLog(TrainerCallback, ExportableState):
             if not disk_full(error) or status == "done":
                 raise
             if not self.unwritten:  # what it would say is in the checkpoints, too
-                say(f"\nnote: no space is left on the disk for {self.path}; the training goes on")
+                say(f"note: no space is left on the disk for {self.path}; the training goes on")
             self.unwritten = True
         self.written = (time.monotonic(), time.monotonic() - began)
 
@@ -262,12 +268,18 @@ def run(trainer: ExactTrainer, log: RunLog) -> None:
             f"USE_DEEPSPEED is true, but accelerate made a run of kind {kind}: ACCELERATE_USE_CPU or another launch "
             "configuration stands in the way; unset it, or train without: --use_deepspeed false"
         )
+    replace_theirs(trainer)
     log.board = next((cb for cb in trainer.callback_handler.callbacks if hasattr(cb, "tb_writer")), None)
     for row in trainer.eval_dataset.select(range(min(2, len(trainer.eval_dataset)))):
         at = row["labels"].count(-100)
         log.prompts.append((row["input_ids"][:at], row["input_ids"][at:]))
+    log.vocabulary = len(trainer.processing_class)
+    for row in trainer.eval_dataset:
+        answer = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        log.answers.append(trainer.processing_class.decode(answer, skip_special_tokens=True))
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with contextlib.closing(log.progress):
+            trainer.train(resume_from_checkpoint=checkpoint)
     except FloatingPointError as error:
         say(f"error: {error}")
         sys.exit(1)
@@ -296,7 +308,7 @@ def run(trainer: ExactTrainer, log: RunLog) -> None:
         anew = log.head["settings"]["RESUME"] is False
         script = handover.LORA if log.head["method"] == "lora" else handover.FULL
         how = f"go on with: {command(script, '--resume', 'auto')}" if anew else "the same command goes on from there"
-        say(f"interrupted at step {trainer.state.global_step}; saved {saved}; {how}")
+        say(f"interrupted at step {trainer.state.global_step}; saved {saved}; {how}", always=True)
         sys.stdout.flush()
         # a plain exit would wait for the other processes; they leave the same way
         os._exit(128 + log.signal)
@@ -326,13 +338,13 @@ def out_of_memory(trainer: ExactTrainer, settings: dict) -> str:
 
 
 def finish(trainer: ExactTrainer, log: RunLog) -> None:
-    """After training: the curves as a picture, the hparams tab of TensorBoard, and the log's last state."""
+    """After training: the curves as a picture, the hparams tab of TensorBoard, the log's last state, the last line."""
     if not trainer.is_world_process_zero():
         return
     settings, history = log.head["settings"], trainer.state.log_history
     draw_curves(history, Path(settings["OUTPUT_DIR"]) / "training_curves.png")
     if "tensorboard" in trainer.args.report_to:
-        shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+        shown = hyperparameters(log.head["method"], settings)
         losses = {f"hparam/{k}": r[k] for r in history for k in ("loss", "eval_loss") if isinstance(r.get(k), float)}
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
@@ -344,6 +356,34 @@ def finish(trainer: ExactTrainer, log: RunLog) -> None:
             for name, value in losses.items():
                 writer.add_scalar(name, value, trainer.state.global_step)
     log.write(trainer.state, "done")
+    output = Path(settings["OUTPUT_DIR"])
+    before = [f"{r['eval_loss']:.4f} before, " for r in history if r["step"] == 0 and "eval_loss" in r][:1]
+    steps = f"{trainer.state.global_step} step{'s' * (trainer.state.global_step != 1)}"
+    after = "not measured" if trainer.state.best_metric is None else f"{trainer.state.best_metric:.4f}"
+    what = f"{output / final_folder(log.head['method'])}: eval loss {''.join(before)}{after} after {steps}"
+    say_done(what, f"{output}/training_curves.png, or: tensorboard --logdir {output.parent}", next_step(log))
+
+
+def next_step(log: RunLog) -> str:
+    """The command that follows: the other training where its model is not there yet, else the comparison."""
+    other, script = ("full", handover.FULL) if log.head["method"] == "lora" else ("lora", handover.LORA)
+    folder = read_constants(ROOT / script)["OUTPUT_DIR"].default
+    return command(handover.EVALUATE if has_weights(Path(folder) / final_folder(other)) else script)
+
+
+def hyperparameters(method: str, settings: dict) -> dict[str, bool | float | str]:
+    """What TensorBoard's hparams tab shows of a run, in this order. Its first run decides the columns of all.
+
+    So both methods have the same ones, and the rank is a word: full fine-tuning has none.
+    """
+    first = {
+        "LEARNING_RATE": settings["LEARNING_RATE"],
+        "LORA_R": str(settings["LORA_R"]) if method == "lora" else "full",
+        "rows_per_step": settings["BATCH_SIZE"] * settings["GRADIENT_ACCUMULATION_STEPS"],
+        "NUM_EPOCHS": settings["NUM_EPOCHS"],
+    }
+    names = "MAX_STEPS MAX_TRAIN_SAMPLES WARMUP_RATIO LR_SCHEDULER WEIGHT_DECAY REPLAY_FRACTION SEED".split()
+    return first | {n: v if isinstance(v := settings[n], bool | int | float | str) else str(v) for n in names}
 
 
 def draw_curves(history: list[dict], path: Path) -> None:

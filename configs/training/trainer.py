@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader, Sampler
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers import EvalPrediction
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 from trl.trainer import utils as trl_utils
@@ -27,6 +27,7 @@ from configs.device import GB
 from configs.settings import disk_full, fail, say
 from configs.training import checkpoints
 from configs.training.checkpoints import DiskFull
+from configs.training.progress import bars
 
 # --- the rows of a step, and its passes
 
@@ -243,7 +244,7 @@ class ExactTrainer(SFTTrainer):
             model.zero_grad()
             gc.collect()
             torch.cuda.empty_cache()
-            say(f"\nout of memory with {largest:,} tokens a pass: now this step again with {self.budget:,}")
+            say(f"note: out of memory with {largest:,} tokens a pass: now this step again with {self.budget:,}")
 
     def _step(self, model, inputs: dict, num_items_in_batch) -> torch.Tensor:
         alone = self.args.world_size == 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -364,12 +365,6 @@ class ExactTrainer(SFTTrainer):
         """Nothing: TRL's card of a checkpoint knows no base ("fine-tuned version of None"); export.py writes ours."""
 
 
-def callbacks(settings, log: TrainerCallback) -> list[TrainerCallback]:
-    """The run's log, and early stopping where it is asked for."""
-    patience = settings.EARLY_STOPPING_PATIENCE
-    return [log] + ([EarlyStoppingCallback(patience)] if patience else [])
-
-
 # --- DeepSpeed's file
 
 
@@ -426,7 +421,8 @@ def token_rows(
     texts = [name for name in rows.column_names if name != "id"]
     # and without a fingerprint of ours, the library would try to pickle the function
     name = f"{rows._fingerprint}-tokens"
-    encoded = rows.map(encode, remove_columns=texts, keep_in_memory=True, desc="tokenising", new_fingerprint=name)
+    with bars():
+        encoded = rows.map(encode, remove_columns=texts, keep_in_memory=True, desc="tokenising", new_fingerprint=name)
     fitting = encoded.filter(lambda n: n <= max_length, input_columns="length", keep_in_memory=True)
     dropped = len(encoded) - len(fitting)
     if dropped:
