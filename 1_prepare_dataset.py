@@ -2,12 +2,13 @@
 
 Rows that cannot be learned from are left out and counted; near-duplicates stay on one side of the split.
 
-Reads:  a data set of the Hugging Face Hub, or a local .json, .jsonl, .csv or .parquet file, or a folder of them
+Reads:  a data set of the Hugging Face Hub, or a local .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, or a folder
+        of them
 Writes: data/train, data/eval (validation and test split), data/test_prompts.json, data/manifest.json,
         data/dataset_report.md with length_histogram.png
 
     python 1_prepare_dataset.py
-    python 1_prepare_dataset.py --dataset_name my_rows.jsonl --column_map instruction=task,output=result
+    python 1_prepare_dataset.py --dataset_name my_rows.csv --column_map instruction=task,output=result --dry_run
 
 Takes 6 s for the demo's 1,245 rows on two CPU cores; a data set on the Hub must be downloaded first.
 """
@@ -15,10 +16,12 @@ Takes 6 s for the demo's 1,245 rows on two CPU cores; a data set on the Hub must
 import collections
 import hashlib
 import itertools
+import shlex
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from configs import hub
 from configs.settings import command, fail, freeze, main_process, override, say
@@ -37,6 +40,8 @@ MODEL_REVISION: str | None = None  # branch, tag or commit of the model on the H
 PROMPT_FORMAT = "auto"  # auto (the model's own chat template, or chatml if it has none), chatml, alpaca or llama
 
 # --- rows
+# Of a dialogue, most answers are not the last one.
+TURNS: Literal["all", "last"] = "all"  # answers of a conversation that are trained, each with what was said before it
 MAX_LENGTH: Annotated[int, "x >= 1"] = 1024  # most tokens of prompt and answer together; longer rows are left out
 MAX_DROP_FRACTION: Annotated[float, "0 <= x <= 1"] = 0.2  # stop when a larger share of the rows has to be left out
 
@@ -50,6 +55,8 @@ NEAR_DUPLICATE_THRESHOLD: Annotated[float | None, "0.7 <= x <= 1"] = 0.8  # keep
 
 # --- output
 DATA_DIR = "data"  # folder for the prepared data
+LANGUAGE: Literal["en", "zh"] = "en"  # language of dataset_report.md
+DRY_RUN = False  # show the columns, the counts and three rows, and write nothing
 
 if __name__ == "__main__":
     override(globals(), check=hub.model_problems)
@@ -57,21 +64,25 @@ if __name__ == "__main__":
 
 import datasets
 import numpy as np
-import pyarrow
 from tqdm.auto import tqdm
 
 from configs import chat, handover, state
 from configs.ending import say_done
+from configs.preparation.columns import by_name, likely_map
 from configs.preparation.conversations import (
     STRING_MARKS,
     BadFunction,
+    as_conversation,
     check_conversation,
-    normalise_messages,
+    ends_of,
+    pairs_of,
+    text_of_parts,
     to_conversation,
 )
-from configs.preparation.near_duplicates import digest, find_groups, question_of
+from configs.preparation.near_duplicates import find_groups
 from configs.preparation.reading import BadRow, read_rows
-from configs.preparation.report import write_report
+from configs.preparation.report import as_seen, first_rows, write_report
+from configs.preparation.writing import save_splits, write_arrow
 
 
 def format_to_chatml(example: dict) -> dict | list | str:
@@ -107,45 +118,58 @@ SCHEMAS = [
     ("system/user/assistant", {"instruction": "user", "output": "assistant"}),
     ("question/answer", {"instruction": "question", "output": "answer"}),
     ("question/answer", {"instruction": "query", "output": "answer"}),
+    ("question/answer", {"instruction": "query", "output": "response"}),
     ("prompt/completion", {"instruction": "prompt", "output": "completion"}),
     ("prompt/completion", {"instruction": "prompt", "output": "response"}),
     ("tasks", {"instruction": "input", "options": "options", "gold_index": "gold_index"}),
     ("tasks", {"instruction": "input", "output": "label"}),
+    ("input/output", {"instruction": "input", "output": "output"}),
+    ("input/output", {"instruction": "input", "output": "target"}),
     ("classification", {"input": "sentence", "output": "label"}),
     ("classification", {"input": "text", "output": "label"}),
+    *(
+        (f"{question}/{answer}", {"instruction": question, "output": answer})
+        for question in ("指令", "问题", "输入")
+        for answer in ("输出", "回答", "答案")
+    ),
+    ("conversations", {"messages": "conversation"}),
+    ("messages", {"messages": "contents"}),
 ]
-# columns that are taken too where they are there and nothing else is: what a question is about, and the system message
-OPTIONAL = (("input", "input"), ("input", "context"), ("context", "context"), ("system", "system"))
+# columns that are taken too where they are there and nothing else is: what a question is about, the system message,
+# and what was said before
+OPTIONAL = [("input", "input"), ("input", "context"), ("context", "context")]
+OPTIONAL += [("input", "输入"), ("input", "上下文"), ("context", "上下文"), ("history", "history")]
+SYSTEM = [("system", "system"), ("system", "系统"), ("system", "systemInstruction")]
 
 
-def find_schema(columns: list[str], column_map: dict) -> tuple[str, dict[str, str]]:
-    """(name of the schema, {our column: the data set's}); exit code 2 where the columns fit none."""
-    known = "; ".join(f"{name}: {' + '.join(needed.values())}" for name, needed in SCHEMAS)
+def find_schema(columns: list[str], column_map: dict, example: str = "") -> tuple[str, dict[str, str]]:
+    """(name of the schema, {our column: the data set's}); exit code 2 where the columns fit none.
+
+    example: a COLUMN_MAP that this data set may need, for the message.
+    """
+    actual = by_name(columns)
+    listed = ", ".join(columns[:12]) + (f" and {len(columns) - 12} more" if len(columns) > 12 else "") or "none"
     if column_map:
-        unknown = [f"{key}={value}" for key, value in column_map.items() if value not in columns]
+        unknown = [f"{key}={value}" for key, value in column_map.items() if actual(value) is None]
         wrong = [key for key in column_map if key not in ("instruction", "input", "output", "system", "messages")]
         if unknown:
-            fail(f"COLUMN_MAP names a column that is not there ({unknown[0]}); the columns are: {', '.join(columns)}")
+            fail(f"COLUMN_MAP names a column that is not there ({unknown[0]}); the columns are: {listed}")
         if wrong or not ({"instruction", "output"} <= set(column_map) or "messages" in column_map):
             fail(
                 f"COLUMN_MAP {column_map} must map instruction and output (and input, system where there are any), or "
-                f"messages; the columns are: {', '.join(columns)}"
+                f"messages; the columns are: {listed}"
             )
-        return "COLUMN_MAP", column_map
+        return "COLUMN_MAP", {ours: actual(column) for ours, column in column_map.items()}
     for name, needed in SCHEMAS:
-        if all(column in columns for column in needed.values()):
-            schema = dict(needed)
-            for ours, column in OPTIONAL if "messages" not in needed else OPTIONAL[-1:]:
-                if ours not in schema and column in columns and column not in schema.values():
+        schema = {ours: actual(column) for ours, column in needed.items()}
+        if None not in schema.values():
+            for ours, wanted in SYSTEM if "messages" in needed else OPTIONAL + SYSTEM:
+                column = actual(wanted)
+                if ours not in schema and column is not None and column not in schema.values():
                     schema[ours] = column
             return name, schema
-    if len(columns) == 1 and ";" in columns[0]:
-        fail(f"the file has one column, {columns[0]!r}: its separator seems to be a semicolon; save it with commas")
-    first, last = (columns + ["?", "?"])[0], (columns or ["?"])[-1]
-    fail(
-        f"the columns of the data set are not recognised: {', '.join(columns) or 'none'} (known: {known}); name them, "
-        f"e.g.: --column_map instruction={first},output={last}"
-    )
+    mend = f"name them, e.g. --column_map {shlex.quote(example)}" if example else "a question and an answer are needed"
+    fail(f"the columns of the data set are not recognised: {listed}; {mend}")
 
 
 # --- one row
@@ -172,19 +196,16 @@ def normalise(row: object, schema: dict[str, str]) -> dict:
             raise BadRow("label is a number without a name")
         among = f" as {', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else ""
         example["instruction"] = f"Classify the {schema['input']}{among}." if example["input"] else None
-    turns = None
+    if isinstance(example["system"], dict | list):  # Gemini's and Bedrock's
+        parts = example["system"]["parts"] if "parts" in example["system"] else example["system"]
+        example["system"] = text_of_parts(parts) if isinstance(parts, list) else parts
+    turns, only_read = None, 0
     if "messages" in schema:
         turns = example["messages"]
     elif isinstance(example["instruction"], list) and isinstance(example["output"], list):  # TRL's conversations
-        turns = example["instruction"] + example["output"]
+        turns, only_read = example["instruction"] + example["output"], len(example["instruction"])
     if turns is not None or "messages" in schema:
-        messages = normalise_messages(turns)
-        example["removed"] = len(turns) - len(messages)
-        if not isinstance(example["system"], str | None):
-            raise BadRow("system is not a string")
-        if (example["system"] or "").strip() and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": example["system"]})
-        return {**example, "messages": messages}
+        return as_conversation(example, turns, only_read)
     if "context" in schema and isinstance(example["context"], str | None):  # beside an input: both are needed
         example["input"] = "\n\n".join(text for text in (example["input"], example["context"]) if text)
     for column, missing, empty, kind in (
@@ -200,14 +221,14 @@ def normalise(row: object, schema: dict[str, str]) -> dict:
     for column in ("input", "system"):
         if not isinstance(example.get(column), str | None):
             raise BadRow(f"{column} is not a string")
+    if isinstance(example.get("history"), list) and (earlier := pairs_of(example["history"])):
+        question = "\n\n".join(text for text in (example["instruction"], example["input"]) if text)
+        last = [{"role": "user", "content": question}, {"role": "assistant", "content": example["output"]}]
+        return as_conversation(example, earlier + last, 0)
     return example
 
 
 # --- all rows
-
-
-MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
-COLUMNS = {"id": datasets.Value("string"), "prompt": [MESSAGE], "completion": [MESSAGE]}
 
 
 @dataclass
@@ -219,6 +240,8 @@ class Tally:
     examples: dict[str, list[str]] = field(default_factory=lambda: collections.defaultdict(list))
     changed: collections.Counter = field(default_factory=collections.Counter)
     long: list[int] = field(default_factory=list)  # tokens of each row over MAX_LENGTH; 0 where not counted
+    conversations: collections.Counter = field(default_factory=collections.Counter)  # of several answers, their rows
+    joined: list[tuple[int, int]] = field(default_factory=list)  # conversations that begin with the same turns
 
     def drop(self, reason: str, place: str) -> None:
         """Count a row that is left out; the places of the first three stand in the report."""
@@ -228,72 +251,98 @@ class Tally:
 
 
 def convert(
-    rows: Iterable[tuple[str, object]], schema: dict[str, str], tokenizer, max_length: int, tally: Tally
+    rows: Iterable[tuple[str, object]],
+    schema: dict[str, str],
+    tokenizer,
+    max_length: int,
+    tally: Tally,
+    turns: str = "all",
 ) -> Iterator[dict]:
-    """The rows that can be learned from as {id, prompt, completion}; the others are counted in `tally`.
+    """The rows that can be learned from, as {id, prompt, completion, conversation}; `tally` counts the others.
 
-    rows: (place, row). An id is a hash of the conversation: the same on any machine, whatever the order.
+    rows: (place, row). An id is a hash of the conversation: the same on any machine, whatever the order. conversation:
+    the number of the row in the source that it comes from; with TURNS = "all", several may come from one.
     """
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
     marks, ruler = chat.markers(tokenizer), chat.Ruler(tokenizer, max_length)
     bar = tqdm(rows, desc="checking", unit=" rows")
-    for place, row in bar:
-        tally.read += 1
+    for number, (place, row) in enumerate(bar):
         try:
             example = normalise(row, schema)
-            try:
-                formatted = format_to_chatml(example)
-            except Exception as error:
-                at = error.__traceback__.tb_next
-                raise BadFunction(
-                    f"format_to_chatml raised {type(error).__name__}: "
-                    f"{error}{f' (line {at.tb_lineno})' if at else ''}; the row has: {', '.join(map(str, example))}"
-                ) from error
-            if isinstance(formatted, str):
-                texts = [example[name] for name in schema if isinstance(example[name], str)]
-                if any(mark in text for mark in STRING_MARKS for text in texts):
-                    raise BadRow("template marker or special token in the text")
-            prompt, completion = to_conversation(example, formatted)
-            check_conversation(prompt, completion, marks)
-            identity = handover.content_hash(prompt + completion)
-            if identity in seen:
-                raise BadRow("exact duplicate")
-            try:
-                tokens = ruler.too_long(prompt, completion)
-            except ValueError as error:
-                raise BadRow("conversation that the chat template cannot render") from error
-            if tokens is not None:
-                tally.long.append(tokens)
-                raise BadRow(f"longer than {max_length} tokens")
-        except BadFunction as mistake:
-            bar.close()  # or the sentence would stand behind the bar, on its line
-            fail(mistake)
+            messages = example.get("messages", [])
+            ends = ends_of(messages, example["only_read"], turns) if messages else [None]
         except BadRow as reason:
+            tally.read += 1
             tally.drop(str(reason), place)
             continue
-        if isinstance(formatted, str) and completion[0]["content"] != example["output"]:
-            tally.changed["white space around the answer removed"] += 1
-        if example.get("removed"):
-            tally.changed["turns behind the last answer removed"] += 1
-        seen.add(identity)
-        yield {"id": identity, "prompt": prompt, "completion": completion}
+        count_turns(example, ends, turns, tally)
+        hopeless = False  # what is said later is longer still
+        for nth, end in enumerate(ends, 1):
+            tally.read += 1
+            where = place if len(ends) == 1 else f"{place}, answer {nth}"
+            try:
+                if hopeless:
+                    tally.long.append(0)
+                    raise BadRow(f"longer than {max_length} tokens")
+                one = {**example, "messages": messages[:end]} if messages else example
+                prompt, completion = conversation_of(one, schema, marks, tally)
+                identity = handover.content_hash(prompt + completion)
+                if identity in seen:
+                    if len(ends) > 1:
+                        tally.joined.append((number, seen[identity]))
+                    raise BadRow("exact duplicate")
+                try:
+                    tokens = ruler.too_long(prompt, completion)
+                except ValueError as error:
+                    raise BadRow("conversation that the chat template cannot render") from error
+                if tokens is not None:
+                    tally.long.append(tokens)
+                    hopeless = tokens == 0 or tokens > 4 * max_length
+                    raise BadRow(f"longer than {max_length} tokens")
+            except BadFunction as mistake:
+                bar.close()  # or the sentence would stand behind the bar, on its line
+                fail(mistake)
+            except BadRow as reason:
+                tally.drop(str(reason), where)
+                continue
+            seen[identity] = number
+            yield {"id": identity, "prompt": prompt, "completion": completion, "conversation": number}
 
 
-def write_arrow(rows: Iterable[dict], path: Path) -> tuple[datasets.Dataset, np.ndarray, np.ndarray]:
-    """(rows, ids, questions): the rows in an Arrow file, written piece by piece, so that memory does not grow.
+def count_turns(example: dict, ends: list, turns: str, tally: Tally) -> None:
+    """Count what becomes of the turns of a row: how many rows, and what nobody learns from."""
+    if example.get("removed"):
+        tally.changed["turns behind the last answer removed"] += 1
+    trained = example.get("messages", [])[example.get("only_read", 0) :]
+    answers = sum(message["role"] == "assistant" for message in trained)
+    if answers > 1:
+        tally.conversations.update(several_answers=1, answers=answers, rows=len(ends))
+        if turns == "all" and len(ends) < answers:
+            tally.changed["answers only read (no question in front, or weight 0)"] += answers - len(ends)
 
-    ids: shape (rows,), bytes. questions: shape (rows,), uint64; two are equal where the prompts are, but for case and
-    spacing.
+
+def conversation_of(example: dict, schema: dict, marks: list[str], tally: Tally) -> tuple[list[dict], list[dict]]:
+    """(prompt, completion) of one row, by format_to_chatml.
+
+    Raises: BadRow where it cannot be learned from, BadFunction where format_to_chatml is at fault.
     """
-    rows, schema = iter(rows), datasets.Features(COLUMNS).arrow_schema
-    ids, questions = [], []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
-        while chunk := list(itertools.islice(rows, 1000)):
-            ids += [row["id"] for row in chunk]
-            questions += [digest(" ".join(question_of(row["prompt"]).split())) for row in chunk]
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(chunk, schema))
-    return datasets.Dataset.from_file(str(path)), np.array(ids, "S16"), np.array(questions, np.uint64)
+    try:
+        formatted = format_to_chatml(example)
+    except Exception as error:
+        at = error.__traceback__.tb_next
+        raise BadFunction(
+            f"format_to_chatml raised {type(error).__name__}: "
+            f"{error}{f' (line {at.tb_lineno})' if at else ''}; the row has: {', '.join(map(str, example))}"
+        ) from error
+    if isinstance(formatted, str):
+        texts = [example[name] for name in schema if isinstance(example[name], str)]
+        if any(mark in text for mark in STRING_MARKS for text in texts):
+            raise BadRow("template marker or special token in the text")
+    prompt, completion = to_conversation(example, formatted)
+    check_conversation(prompt, completion, marks)
+    if isinstance(formatted, str) and completion[0]["content"] != example["output"]:
+        tally.changed["white space around the answer removed"] += 1
+    return prompt, completion
 
 
 # --- the split
@@ -353,8 +402,11 @@ def check_tally(tally: Tally, max_drop_fraction: float) -> None:
     )
 
 
-def check_parts(sizes: dict[str, int], groups: np.ndarray, questions: np.ndarray, settings) -> None:
-    """Exit code 2 where a part got no row, with the setting or the data that would mend it. sizes: rows a part."""
+def check_parts(sizes: dict[str, int], groups: np.ndarray, questions: np.ndarray, several: int, settings) -> None:
+    """Exit code 2 where a part got no row, with the setting or the data that would mend it. sizes: rows a part.
+
+    several: rows that come from conversations of several answers.
+    """
     if all(sizes.values()):
         return
     total = len(groups)
@@ -363,6 +415,10 @@ def check_parts(sizes: dict[str, int], groups: np.ndarray, questions: np.ndarray
     mend, half = "add rows", max(total // 2, 2)
     if equal > half:
         mend = f"{equal} have one prompt, which must stay on one side: add rows with other prompts"
+    elif largest > half and several > half and settings.TURNS == "all":
+        mend = (
+            f"{largest} hang together, as turns of one conversation or by turns that conversations share: --turns last"
+        )
     elif largest > half and settings.NEAR_DUPLICATE_THRESHOLD is not None:
         mend = (
             f"{largest} of their prompts are near-duplicates and must stay on one side: "
@@ -391,78 +447,90 @@ def open_source(settings) -> tuple[Iterator[tuple[str, object]], str, dict[str, 
         fail(f"DATASET_NAME {name!r} holds no rows{why}; give a data set that does")
     columns = list(dict.fromkeys(column for _, row in first if isinstance(row, dict) for column in row if column))
     columns = [str(column).encode(errors="replace").decode() for column in columns]
-    schema_name, schema = find_schema(columns, settings.COLUMN_MAP)
+    sample = [row for _, row in first if isinstance(row, dict)]
+    schema_name, schema = find_schema(columns, settings.COLUMN_MAP, likely_map(columns, sample))
     say(f"{name}: columns {', '.join(columns)}: read as {schema_name}")
     return itertools.chain(first, rows), schema_name, schema
 
 
-def save_splits(
-    rows: datasets.Dataset, ids: np.ndarray, groups: np.ndarray, parts: dict[str, np.ndarray], folder: Path
-) -> dict[str, str]:
-    """Write folder/train and folder/eval; {name: sha256} of both, and of eval's parts "validation" and "test"."""
-    marks = ["validation"] * len(parts["validation"]) + ["test"] * len(parts["test"])
-    held_out = np.concatenate([parts["validation"], parts["test"]])
-    hashes = {
-        "train": handover.split_hash(ids[parts["train"]].astype(str)),
-        "eval": handover.split_hash(ids[held_out].astype(str), marks),
+def dry_run(settings) -> None:
+    """Show what step 1 would make of the data: the columns, the counts, three rows; nothing is left on the disk."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = chat.load_tokenizer(settings.MODEL_NAME, settings.MODEL_REVISION, settings.PROMPT_FORMAT)
+        rows, ids, _, parts, manifest, _ = prepare(settings, tokenizer, Path(scratch))
+        for number, row in enumerate(first_rows(rows, ids), 1):
+            say(f"--- row {number}; the model learns the part between ⟦ and ⟧")
+            say(as_seen(tokenizer, row))
+        del rows  # it is open
+    counts = ", ".join(f"{len(numbers)} for {name}" for name, numbers in parts.items())
+    columns = ", ".join(f"{ours}={column}" for ours, column in manifest["schema"]["columns"].items())
+    say(f"dry run: {manifest['rows']['read']} rows read ({columns}), {len(ids)} kept: {counts}; nothing was written")
+
+
+def prepare(settings, tokenizer, scratch: Path) -> tuple[datasets.Dataset, np.ndarray, np.ndarray, dict, dict, list]:
+    """(rows, ids, groups, parts, manifest, long): all that is known before data/ is written, but for the sha256.
+
+    scratch: a folder for the rows. parts: {"train", "validation", "test"}: numbers of the rows. long: see Tally.
+    """
+    # --- read and check
+    source, schema_name, schema = open_source(settings)
+    tally = Tally()
+    kept = convert(source, schema, tokenizer, settings.MAX_LENGTH, tally, settings.TURNS)
+    rows, ids, questions, conversations = write_arrow(kept, scratch / "rows.arrow")
+    several = tally.conversations
+    if several:
+        say(
+            f"  {several['several_answers']} conversations of several answers gave {several['rows']} rows"
+            + (", one for each answer" if settings.TURNS == "all" else f" of {several['answers']} (TURNS is 'last')")
+        )
+    check_tally(tally, settings.MAX_DROP_FRACTION)
+
+    # --- split
+    threshold = settings.NEAR_DUPLICATE_THRESHOLD
+    groups = find_groups(rows, ids, questions, threshold, conversations, tally.joined)
+    parts = split_rows(ids, groups, settings.EVAL_FRACTION, settings.SEED)
+    sizes = {name: len(numbers) for name, numbers in parts.items()}
+    check_parts(sizes, groups, questions, several["rows"], settings)
+
+    same_prompt = sum(n for n in np.unique(questions, return_counts=True)[1] if n > 1)
+    no_matter = ("LANGUAGE", "DRY_RUN")  # to the rows
+    manifest = {
+        "source": settings.DATASET_NAME,
+        "revision": settings.DATASET_REVISION,
+        "source_files": state.files_hash(settings.DATASET_NAME),
+        "schema": {"name": schema_name, "columns": schema},
+        "settings": {name: value for name, value in vars(settings).items() if name not in no_matter},
+        "seed": settings.SEED,
+        "rows": {"read": tally.read, "kept": len(ids), "dropped": dict(tally.dropped.most_common()), **sizes},
+        "conversations": {name: several[name] for name in ("several_answers", "answers", "rows")},
+        "dropped_examples": dict(tally.examples),
+        "changed": dict(tally.changed.most_common()),
+        "groups": {
+            "groups": len(np.unique(groups)),
+            "largest": int(np.bincount(groups).max()),
+            "same_prompt": int(same_prompt),
+        },
     }
-    hashes |= {part: handover.split_hash(ids[parts[part]].astype(str)) for part in ("validation", "test")}
-    # a fingerprint is the library's name for its cache; by itself it would differ from run to run
-    train = rows.select(parts["train"], new_fingerprint=hashes["train"][:16])
-    evaluation = rows.select(held_out).add_column("part", marks, new_fingerprint=hashes["eval"][:16])
-    # the statistics of step 4 draw near-duplicates together
-    group = np.sort(ids)[groups[held_out]].astype(str)
-    evaluation = evaluation.add_column("group", group, new_fingerprint=hashes["eval"][16:32])
-    train.save_to_disk(folder / "train")
-    evaluation.save_to_disk(folder / "eval")
-    return hashes
+    return rows, ids, groups, parts, manifest, tally.long
 
 
 def main() -> None:
     settings = freeze(globals())
     if not main_process():
         return  # of several processes, the first one prepares the data
+    if settings.DRY_RUN:
+        dry_run(settings)
+        return
     folder = Path(settings.DATA_DIR)
     with handover.lock(folder), handover.replacing(folder) as new:
-        # --- read and check
         tokenizer = chat.load_tokenizer(settings.MODEL_NAME, settings.MODEL_REVISION, settings.PROMPT_FORMAT)
-        source, schema_name, schema = open_source(settings)
-        tally = Tally()
-        kept = convert(source, schema, tokenizer, settings.MAX_LENGTH, tally)
-        rows, ids, questions = write_arrow(kept, new / ".scratch" / "rows.arrow")
-        check_tally(tally, settings.MAX_DROP_FRACTION)
-
-        # --- split
-        groups = find_groups(rows, ids, questions, settings.NEAR_DUPLICATE_THRESHOLD)
-        parts = split_rows(ids, groups, settings.EVAL_FRACTION, settings.SEED)
-        sizes = {name: len(numbers) for name, numbers in parts.items()}
-        check_parts(sizes, groups, questions, settings)
-
-        # --- write
-        hashes = save_splits(rows, ids, groups, parts, new)
+        rows, ids, groups, parts, manifest, long = prepare(settings, tokenizer, new / ".scratch")
+        manifest["sha256"] = save_splits(rows, ids, groups, parts, new)
         prompts = choose_prompts(rows.select(parts["test"]).to_list(), settings.NUM_TEST_PROMPTS)
-        counts = {"read": tally.read, "kept": len(ids), "dropped": dict(tally.dropped.most_common()), **sizes}
-        same_prompt = sum(n for n in np.unique(questions, return_counts=True)[1] if n > 1)
-        manifest = {
-            "source": settings.DATASET_NAME,
-            "revision": settings.DATASET_REVISION,
-            "source_files": state.files_hash(settings.DATASET_NAME),
-            "schema": {"name": schema_name, "columns": schema},
-            "settings": vars(settings),
-            "seed": settings.SEED,
-            "rows": counts,
-            "dropped_examples": dict(tally.examples),
-            "changed": dict(tally.changed.most_common()),
-            "groups": {
-                "groups": len(np.unique(groups)),
-                "largest": int(np.bincount(groups).max()),
-                "same_prompt": int(same_prompt),
-            },
-            "sha256": hashes,
-        }
         handover.write_json(new / "test_prompts.json", prompts)
-        write_report(manifest, rows, ids, tokenizer, tally.long, new)
+        write_report(manifest, rows, ids, tokenizer, long, new, settings.LANGUAGE)
         handover.write_json(new / "manifest.json", manifest)
+    sizes = manifest["rows"]
     if sizes["test"] < 100:
         say(f"note: a test split of {sizes['test']} rows shows only large differences; 100 or more would be better")
     what = f"{sizes['train']} rows to train on in {folder}/train, {sizes['validation']} to validate and "

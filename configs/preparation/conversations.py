@@ -4,14 +4,14 @@ import re
 
 from configs.preparation.reading import BadRow
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}
+# what the formats of OpenAI, ShareGPT, FastChat, Gemini, LLaMA-Factory and Chinese data sets call the speakers
+ROLES = {role: role for role in ("system", "user", "assistant")} | {"developer": "system", "系统": "system"}
+ROLES |= dict.fromkeys(("human", "用户"), "user")
+ROLES |= dict.fromkeys(("gpt", "model", "chatgpt", "bing", "bard", "bot", "ai", "助手"), "assistant")
+# types of a part of a content that are text: Hugging Face, OpenAI's Chat and Responses; Gemini and Bedrock name none
+TEXT_TYPES = (None, "text", "input_text", "output_text")
+# what a turn of both speakers is called where one object holds both: XTuner, MOSS, Firefly
+PAIRS = (("input", "output"), ("human", "assistant"), ("user", "assistant"), ("query", "response"))
 ENDS = r"<\|im_end\|>|<\|endoftext\|>|</s>|<\|eot_id\|>"
 # What a string is taken apart by; a row that holds it itself could pose as another turn.
 STRING_MARKS = ("<|im_start|>", "<|im_end|>", "### Instruction:", "### Input:", "### Response:")
@@ -23,9 +23,12 @@ class BadFunction(Exception):
 
 
 def normalise_messages(messages: object) -> list[dict]:
-    """Messages as {role, content: str}, from OpenAI's {role, content} or ShareGPT's {from, value}.
+    """Messages as {role, content: str}, whatever large trainer's format they are in.
 
-    A content may be a string or a list of text parts. Raises: BadRow for anything else, or without an answer.
+    Known are OpenAI's {role, content}, ShareGPT's {from, value}, Gemini's {role, parts}, and objects that hold a
+    question and its answer (PAIRS). A content may be a string or a list of text parts. An answer that OpenAI's
+    `weight: 0` keeps from being trained has `weight` 0 here, too.
+    Raises: BadRow for anything else, or without an answer.
     """
     if not isinstance(messages, list) or not messages:
         raise BadRow("missing messages")
@@ -33,24 +36,84 @@ def normalise_messages(messages: object) -> list[dict]:
     for message in messages:
         if not isinstance(message, dict):
             raise BadRow("message is not an object")
-        role = ROLES.get(str(message.get("role") or message.get("from")).lower())
-        content = message.get("content")
-        content = message.get("value") if content is None else content
-        if isinstance(content, list):
-            parts = [
-                part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-            ]
-            content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
-        if role is None or message.get("tool_calls"):
-            raise BadRow("role or tool call that cannot be used")
-        if not isinstance(content, str):
-            raise BadRow("message is not text")
-        result.append({"role": role, "content": content})
+        if pair := next((keys for keys in PAIRS if set(keys) <= set(message) and "role" not in message), None):
+            turns = [("system", message.get("system")), ("user", message[pair[0]]), ("assistant", message[pair[1]])]
+            turns = [{"role": role, "content": text} for role, text in turns if text or role != "system"]
+        else:
+            turns = [message]
+        result += map(normalise_message, turns)
     while result and result[-1]["role"] != "assistant":  # what follows the last answer has nothing to teach
         result.pop()
     if not result:
         raise BadRow("missing answer")
     return result
+
+
+def normalise_message(message: dict) -> dict:
+    """One message as {role, content: str}. Raises: BadRow where it is no text of a known speaker."""
+    role = ROLES.get(str(message.get("role") or message.get("from")).lower())
+    content = next((message[key] for key in ("content", "value", "parts") if message.get(key) is not None), None)
+    if role is None or message.get("tool_calls"):
+        raise BadRow("role or tool call that cannot be used")
+    content = text_of_parts(content)
+    if content is None:
+        raise BadRow("message is not text")
+    return {"role": role, "content": content} | ({"weight": 0} if message.get("weight") == 0 else {})
+
+
+def text_of_parts(content: object) -> str | None:
+    """A content as a string: itself, or the text of its parts, one after the other; None where a part is no text."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = []
+    for part in content:
+        if isinstance(part, dict) and part.get("type") in TEXT_TYPES:
+            part = next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), None)
+        texts.append(part)
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+
+
+def pairs_of(history: list) -> list[dict]:
+    """The messages of a `history`, as ms-swift and LLaMA-Factory write it: a list of [question, answer].
+
+    Raises: BadRow for another list.
+    """
+    messages = []
+    for pair in history:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadRow("history is not a list of questions and answers")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return messages
+
+
+def as_conversation(example: dict, turns: list, only_read: int) -> dict:
+    """The row with its `messages`, and how many of them there are in front of the first that may be trained."""
+    messages = normalise_messages(turns)
+    example["removed"] = ROLES.get(str(turns[-1].get("role") or turns[-1].get("from")).lower()) in ("user", "system")
+    if not isinstance(example["system"], str | None):
+        raise BadRow("system is not a string")
+    if (example["system"] or "").strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": example["system"]})
+        only_read += 1
+    return {**example, "messages": messages, "only_read": only_read}
+
+
+def ends_of(messages: list[dict], first: int, turns: str) -> list[int]:
+    """Where the conversations to learn from end: behind the last answer ("last"), or behind each one ("all").
+
+    first: the messages in front of this one are only read, as those are whose weight is 0. An answer without a
+    question in front of it is only read, too, where there is another to learn from.
+    Raises: BadRow where there is none.
+    """
+    answers = [
+        n + 1
+        for n, message in enumerate(messages)
+        if message["role"] == "assistant" and n >= first and message.get("weight") != 0
+    ]
+    if not answers:
+        raise BadRow("missing answer")
+    asked = [end for end in answers if end > 1 and messages[end - 2]["role"] == "user"]
+    return asked if turns == "all" and asked else answers[-1:]
 
 
 def to_conversation(example: dict, formatted: object) -> tuple[list[dict], list[dict]]:
@@ -74,7 +137,7 @@ def to_conversation(example: dict, formatted: object) -> tuple[list[dict], list[
             f"format_to_chatml returned {type(formatted).__name__}; it must return messages, prompt and completion, "
             "or one string that ends with the answer"
         )
-    messages = normalise_messages(formatted)
+    messages = [{"role": m["role"], "content": m["content"]} for m in normalise_messages(formatted)]
     if len(messages) < 2 or messages[-2]["role"] != "user":
         raise BadRow("no question in front of an answer")
     return messages[:-1], messages[-1:]

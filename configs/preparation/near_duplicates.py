@@ -67,8 +67,18 @@ def signer() -> Callable[[dict], dict]:
     return sign
 
 
-def find_groups(rows: datasets.Dataset, ids: np.ndarray, questions: np.ndarray, threshold: float | None) -> np.ndarray:
+def find_groups(
+    rows: datasets.Dataset,
+    ids: np.ndarray,
+    questions: np.ndarray,
+    threshold: float | None,
+    conversations: np.ndarray,
+    joined: list[tuple[int, int]],
+) -> np.ndarray:
     """The group of each row, shape (rows,), int: rows with equal prompts or near-duplicates are one group.
+
+    So are the rows of one conversation. conversations: the number of each row's, shape (rows,), int. joined: pairs of
+    conversations that begin alike; a row that they would both have is there only once.
 
     Near-duplicates have the same figures, and a Jaccard similarity of their 5-character pieces, in lower case and
     without punctuation, of at least `threshold` as MinHash estimates it (Broder 1997; datasketch). They are found by
@@ -112,8 +122,15 @@ def find_groups(rows: datasets.Dataset, ids: np.ndarray, questions: np.ndarray, 
         for band in signed["bands"].T:
             link(band, 8, threshold - SLACK)
     left, right = (np.concatenate([pair[side] for pair in pairs] or [np.array([], int)]) for side in (0, 1))
-    edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(len(ids), len(ids)))
-    _, component = csgraph.connected_components(edges, directed=False)
+    # a conversation is a node, too: its rows hang on it, and so does another conversation that it shares turns with
+    numbers = np.concatenate([conversations[order], np.array(joined, int).ravel()])
+    nodes = len(ids) + np.unique(numbers, return_inverse=True)[1]
+    of_rows, of_pairs = nodes[: len(ids)], nodes[len(ids) :]
+    left = np.concatenate([left, np.arange(len(ids)), of_pairs[::2]])
+    right = np.concatenate([right, of_rows, of_pairs[1::2]])
+    size = int(nodes.max()) + 1
+    edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))
+    component = csgraph.connected_components(edges, directed=False)[1][: len(ids)]
     _, first, component = np.unique(component, return_index=True, return_inverse=True)
     groups = np.empty(len(ids), int)
     groups[order] = first[component]  # the place of the group's smallest id

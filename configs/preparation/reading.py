@@ -1,11 +1,9 @@
 """Rows and texts from files and from the Hub, one by one, each with its place for people: `rows.jsonl line 7`."""
 
 import contextlib
-import csv
 import itertools
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,6 +13,8 @@ import pyarrow.parquet
 import yaml
 
 from configs import hub
+from configs.preparation.encoding import find_encoding
+from configs.preparation.tables import no_twins, read_csv, read_xlsx
 from configs.settings import fail, say
 from configs.text import quoted
 
@@ -23,7 +23,7 @@ class BadRow(Exception):
     """A row that cannot be learned from; its text is the reason, as counted in the manifest."""
 
 
-KINDS = (".json", ".jsonl", ".csv", ".parquet")
+KINDS = (".json", ".jsonl", ".csv", ".tsv", ".xlsx", ".parquet")
 # what a folder downloaded from the Hub or from ModelScope holds beside its rows
 NO_ROWS = ("config.json", "configuration.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
@@ -56,6 +56,11 @@ def has_configurations(folder: Path) -> bool:
     return readme.is_file() and re.search(r"^configs:", readme.read_text("utf-8", "replace"), re.M) is not None
 
 
+def may_hold_rows(path: Path) -> bool:
+    """By its name: ~$rows.xlsx is what Excel leaves beside a workbook that is open."""
+    return path.suffix.lower() in KINDS and path.name not in NO_ROWS and not path.name.startswith("~$")
+
+
 def files_of_split(folder: Path, split: str) -> list[Path]:
     """The data files of a folder that belong to a split, by their names, as the Hub tells them apart.
 
@@ -69,10 +74,9 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     def data_files(of: str) -> set[Path]:
         matching = datasets.data_files.DataFilesList.from_patterns(patterns[of], base_path=str(folder))
         paths = {Path(file).resolve() for file in matching}
-        return {path for path in paths if path.suffix.lower() in KINDS and path.name not in NO_ROWS}
+        return {path for path in paths if may_hold_rows(path)}
 
-    every = {path.resolve() for path in folder.rglob("*") if path.suffix.lower() in KINDS}
-    every = {path for path in every if path.name not in NO_ROWS}
+    every = {path.resolve() for path in folder.rglob("*") if may_hold_rows(path)}
     if split not in patterns and list(patterns) != ["train"]:
         fail(
             f"DATASET_SPLIT {split!r} is not in {folder}; its files are named for: {', '.join(map(str, patterns))}; "
@@ -157,31 +161,16 @@ def named(batches: Iterable[pyarrow.Table], features: datasets.Features) -> Iter
 def read_file(path: Path) -> Iterator[tuple[str, object]]:
     """(place, row) of one file; ends with exit code 2, naming file and line, where it cannot be read on."""
     kind = path.suffix.lower()
-    reader = {".parquet": read_parquet, ".csv": read_csv}.get(kind, read_json)
+    readers = {".parquet": read_parquet, ".csv": read_csv, ".tsv": read_csv, ".xlsx": read_xlsx}
     try:
-        yield from reader(path)
-    except UnicodeDecodeError as error:
-        # the error's own place counts from the last block read, or from behind the byte order mark
-        with open(path, "rb") as file:
-            code = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-            file.seek(0)
-            lines = enumerate(file, 1)
-            number = next(n for n, line in lines if line.decode(errors="replace").encode() != line)
-        fail(f"{path}, line {number}: not UTF-8 ({error.reason}); convert it, e.g. iconv -f {code} -t utf-8 {path}")
+        yield from readers.get(kind, read_json)(path)
     except RecursionError:
         fail(
             f"{path} cannot be read as {kind[1:]}: lists or objects stand in one another too deep; write one row a "
             "line (.jsonl), then only the rows that are so deep are left out"
         )
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         fail(f"{path} cannot be read as {kind[1:]}: {str(error).splitlines()[0]}")
-
-
-def no_twins(names: list[str]) -> None:
-    """Raise ValueError for two columns of one name: one of them would silently hide the other."""
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two columns are named {twice!r}; rename one (columns: {', '.join(names)})")
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:
@@ -201,18 +190,6 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         yield from ((f"{path.name} row {n}", row) for n, row in enumerate(rows, 1))
 
 
-def read_csv(path: Path) -> Iterator[tuple[str, object]]:
-    csv.field_size_limit(sys.maxsize)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)  # or a quote that is never closed would swallow the rows behind it
-        try:
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            no_twins(reader.fieldnames)
-            yield from ((f"{path.name} line {reader.line_num}", row) for row in reader)
-        except csv.Error as error:
-            raise ValueError(f"line {reader.line_num}: {error}; is a quote not closed, or not doubled?") from error
-
-
 # --- JSON
 
 
@@ -227,7 +204,8 @@ def whole_number(digits: str) -> int | float:
 # strict would refuse a line break inside a string, which people do write
 DECODER = json.JSONDecoder(strict=False, parse_int=whole_number)
 UNIQUE = json.JSONDecoder(strict=False, parse_int=whole_number, object_pairs_hook=unique_keys)
-TURNS = ("messages", "conversations", "prompt", "completion")  # columns that are lists of objects themselves
+# columns that are lists of objects themselves
+LISTS = ("messages", "conversations", "conversation", "contents", "prompt", "completion", "history")
 
 
 def read_json(path: Path) -> Iterator[tuple[str, object]]:
@@ -235,7 +213,7 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
 
     A line that is no JSON is a BadRow. Only JSON Lines are read piece by piece; a list is read whole.
     """
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
+    with open(path, encoding=find_encoding(path), newline="\n") as file:
         first = next((line for line in file if line.strip()), "")
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
             UNIQUE.decode(first)  # the other lines are like the first
@@ -243,8 +221,12 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
         if not lines:
             file.seek(0)
             try:
-                content = UNIQUE.decode(file.read())
-            except json.JSONDecodeError:
+                content = UNIQUE.decode(text := file.read())
+            except json.JSONDecodeError as error:
+                if line := trailing_comma(text, error):
+                    fail(
+                        f"{path}, line {line}: a comma in front of the closing bracket, which JSON forbids: delete it"
+                    )
                 if path.suffix.lower() == ".json":
                     raise
                 content = None  # .jsonl whose first line is broken
@@ -268,11 +250,29 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
             place = f"{path.name} line {number}"
             try:
                 yield place, DECODER.decode(line)
-            except (ValueError, RecursionError):
+            except (ValueError, RecursionError) as error:
                 broken += 1
                 if broken <= 3:
-                    say(f"note: {path}, line {number} is not JSON and is left out: {line[:60]!r}")
+                    comma = isinstance(error, json.JSONDecodeError) and stray_comma(line, error)
+                    why = f" ({comma}: delete it)" if comma else ""
+                    say(f"note: {path}, line {number} is not JSON and is left out{why}: {line[:60]!r}")
                 yield place, BadRow("not JSON")
+
+
+def trailing_comma(text: str, error: json.JSONDecodeError) -> int | None:
+    """The line of a comma in front of a closing bracket, where that is the mistake; else None."""
+    at = error.pos + (text[error.pos : error.pos + 1] == ",")  # newer Pythons point at the comma itself
+    before = text[:at].rstrip()
+    if before.endswith(",") and text[at:].lstrip()[:1] in ("]", "}"):
+        return text.count("\n", 0, len(before)) + 1
+    return None
+
+
+def stray_comma(line: str, error: json.JSONDecodeError) -> str:
+    """Which comma makes a line of JSON Lines no JSON; "" where that is not the mistake."""
+    if error.msg == "Extra data" and line[error.pos :].strip() == ",":
+        return "a comma behind the row"
+    return "a comma in front of a closing bracket" if trailing_comma(line, error) else ""
 
 
 def looks_like_lines(first: str, rest: Iterable[str]) -> bool:
@@ -282,7 +282,7 @@ def looks_like_lines(first: str, rest: Iterable[str]) -> bool:
     except (ValueError, RecursionError):
         return False
     # an object around the rows may stand on one line, too: {"data": [{...}, {...}]}
-    lists = [v for k, v in row.items() if k not in TURNS] if isinstance(row, dict) else []
+    lists = [v for k, v in row.items() if k not in LISTS] if isinstance(row, dict) else []
     around = any(isinstance(v, list) and v and all(isinstance(row, dict) for row in v) for v in lists)
     return isinstance(row, dict) and not (around and not any(line.strip() for line in rest))
 
