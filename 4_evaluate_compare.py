@@ -326,7 +326,9 @@ def describe(settings, candidate: Candidate, measured: Measured, held_out: HeldO
         "nll_ci95": alone["ci95"],
         "scored_tokens": int(tokens.sum()),
         "prompt": measured.form,
-        "perplexity_by_prompt": {form: float(np.exp(v.sum() / tokens.sum())) for form, v in measured.nll.items()},
+        "perplexity_by_prompt": {
+            form: float(np.exp(min(nll.sum() / tokens.sum(), 700))) for form, nll in measured.nll.items()
+        },
         "forgetting": None,
     }
     if measured.general:

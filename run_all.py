@@ -173,6 +173,8 @@ def run_steps(steps: list[int], words: dict, flags: dict[str, list[str]], last: 
             print(f"\n{words['failed'].format(n=number, code=code)}", file=sys.stderr)
             print(f"  {command(__file__, '--steps', left)}", file=sys.stderr)
             sys.exit(code)
+        if number == 1 and resolved(script, given)["DRY_RUN"]:
+            sys.exit(0)  # nothing was written for the steps to come
         if number:
             state.note_seconds(SECTIONS[script.name], resolved(script, given), times[-1][2])
     if last:

@@ -235,6 +235,15 @@ def text_hash(text: str) -> str:
     return content_hash([{"role": "text", "content": text}])
 
 
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, read in portions."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while portion := file.read(2**20):
+            digest.update(portion)
+    return digest.hexdigest()
+
+
 def split_hash(ids: Iterable[str], parts: Iterable[str] = ()) -> str:
     """sha256 of a split: over the ids of its rows in order, each with its part where there is one."""
     lines = map(" ".join, itertools.zip_longest(ids, parts, fillvalue=""))

@@ -355,8 +355,7 @@ def files_hash(name: str) -> str | None:
     digest = hashlib.sha256()
     for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
         if path.is_file():
-            with path.open("rb") as file:
-                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{path.name} {handover.file_hash(path)}\n".encode())
     return digest.hexdigest()
 
 

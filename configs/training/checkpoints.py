@@ -1,7 +1,6 @@
 """Checkpoints that can be trusted: which run each belongs to, and whether its files are as they were written."""
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -42,8 +41,7 @@ def contents(folder: Path) -> list[Path]:
 
 
 def describe(path: Path) -> dict:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": handover.file_hash(path)}
 
 
 def fault(checkpoint: Checkpoint) -> str:
