@@ -79,6 +79,8 @@ def advice_on(comparison: dict, results: dict, w: dict) -> str:
             a=better, b=other, d=sign * comparison["difference"], low=ends[0], high=ends[1], cheaper=values["cheaper"]
         )
         return said + forgets_more(better, other, results, w)
+    if standing in ("better", "worse"):
+        return w["advice_unsure"].format(**values, p=comparison["p_value"])
     if standing in ("equivalent", "good enough", "worse within the margin"):
         return w[f"advice_{STANDINGS.get(standing, standing)}"].format(**values)
     return w["advice_undecided"].format(**values, needed=ways(comparison, results, w))
