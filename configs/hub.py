@@ -152,6 +152,10 @@ def probe(endpoint: str) -> str:
 # --- what the libraries raise, as a sentence
 
 
+class Unfit(Exception):
+    """Why a model cannot be used, found by us inside of a call that `hub_errors` and `models.loading` guard."""
+
+
 @contextlib.contextmanager
 def hub_errors(kind: str, name: str, flag: str, revision: str | None = None) -> Iterator[Callable[[], None]]:
     """Turn what the libraries raise for a repository that cannot be had into one sentence and exit code 2.
@@ -198,11 +202,10 @@ def hub_errors(kind: str, name: str, flag: str, revision: str | None = None) -> 
 
 def explain(error: Exception, kind: str, name: str, flag: str, revision: str | None) -> None:
     """Exit code 2 and one sentence for what the libraries raise; returns where it is no error of the Hub."""
+    if isinstance(error, Unfit):
+        return  # what it came from stands in its chain, and explains less
     what, chain = f"{kind} {name!r} ({flag})", [error]
-    while (last := chain[-1]).__cause__ or not last.__suppress_context__:
-        cause = last.__cause__ or last.__context__
-        if cause is None or cause in chain:
-            break
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     types = {
         base.__name__ for e in chain for base in type(e).__mro__ if type(e).__name__ != "RemoteEntryNotFoundError"

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from configs import device, hub
+from configs.hub import Unfit
 from configs.settings import fail, say
 
 transformers.utils.logging.disable_progress_bar()  # "Loading weights", "Writing model shards"
@@ -46,10 +47,6 @@ MOST_LAYERS = 10_000  # even without storage, so many modules take minutes
 
 
 # --- errors
-
-
-class Unfit(Exception):
-    """Why a model cannot be used, found by us inside of a call that `loading` guards."""
 
 
 def named(name: str, flag: str) -> str:

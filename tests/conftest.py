@@ -24,6 +24,8 @@ os.environ.update(
 )
 os.environ.pop("HF_TOKEN", None)
 os.environ["LC_ALL"] = "C.UTF-8"  # the menu would speak the language of this terminal
+for name in ("COLUMNS", "LINES"):  # pytest-xdist sets them, and a test's own terminal would not have its own width
+    os.environ.pop(name, None)
 # A shell that puts the suite into the background lets it ignore Ctrl-C, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -159,7 +159,8 @@ def full(*args, **kwargs):
 def out_of_memory(trainer, capsys) -> str:
     """What a run of script 3 says on stderr that must end because memory has run out."""
     head = {"settings": vars(constants(FULL)), "environment": {}, "identity": {}, "plan": {}}
-    log = SimpleNamespace(write=lambda *a: None, prompts=[], signal=None, head=head, start=Start({}))
+    log = SimpleNamespace(write=lambda *a: None, prompts=[], answers=[], signal=None, head=head, start=Start({}))
+    log.progress = SimpleNamespace(close=lambda: None)
     with pytest.raises(SystemExit) as end:
         run_training(trainer, log)
     assert end.value.code == 2
