@@ -38,6 +38,7 @@ def save_splits(
     rows: datasets.Dataset, ids: np.ndarray, groups: np.ndarray, parts: dict[str, np.ndarray], folder: Path
 ) -> dict[str, str]:
     """Write folder/train and folder/eval; {name: sha256} of both, and of eval's parts "validation" and "test"."""
+    datasets.disable_progress_bars()  # of what takes a moment
     marks = ["validation"] * len(parts["validation"]) + ["test"] * len(parts["test"])
     held_out = np.concatenate([parts["validation"], parts["test"]])
     hashes = {
