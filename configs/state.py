@@ -309,10 +309,11 @@ def of_sweep(folder: str | Path) -> Step:
         fresh, name = any(run["phase"] == "seeds" for run in sweep["runs"].values()), sweep["plan"]["question"]["name"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Step("not yet")
-    over, failed = len(states) - states.count("waiting"), states.count("failed") + states.count("diverged")
+    over = len(states) - states.count("waiting")
     words = f"{name}: {over} of {len(states)} runs", f"{name}：{len(states)} 次训练中的 {over} 次"
-    if failed:
-        words = f"{words[0]}, {failed} of them failed", f"{words[1]}，其中 {failed} 次失败"
+    for kind, zh in (("diverged", "发散"), ("failed", "失败")):
+        if number := states.count(kind):
+            words = f"{words[0]}, {number} {kind}", f"{words[1]}，{number} 次{zh}"
     if over == len(states) and fresh and report.exists():
         return Step("done", *words, when=report.stat().st_mtime)
     return Step("interrupted", *words)

@@ -265,7 +265,7 @@ def test_status_of_a_sweep(folder):
     runs = {str(n): {"state": kind, "phase": "selection"} for n, kind in enumerate(["done", "diverged", "waiting"])}
     handover.write_json(sweep / "sweep.json", {"plan": {"question": {"name": "ranks"}}, "runs": runs, "selection": {}})
     assert run(folder, "status").stdout.splitlines()[-1] == (
-        "*  sweep: interrupted: ranks: 2 of 3 runs, 1 of them failed · `sweep` goes on with it"
+        "*  sweep: interrupted: ranks: 2 of 3 runs, 1 diverged · `sweep` goes on with it"
     )
     runs["2"] = {"state": "done", "phase": "seeds"}
     handover.write_json(sweep / "sweep.json", {"plan": {"question": {"name": "ranks"}}, "runs": runs, "selection": {}})
