@@ -350,9 +350,21 @@ def describe(settings, candidate: Candidate, measured: Measured, held_out: HeldO
         "stopped": float(np.mean(measured.stopped)),
         "repetitive": float(np.mean([metrics.repetitive(text) for text in texts])),
         "empty": float(np.mean([not text for text in texts])),
+        "useless": float(np.mean(metrics.useless(texts, held_out.questions, references, measured.stopped))),
+        "nearer": nearness(settings, texts, held_out),
     }
     described["cost"] = cost(candidate)
     return described
+
+
+def nearness(settings, texts: list[str], held_out: HeldOut) -> dict | None:
+    """How much nearer the answers are to their references than to other questions', in chrF; None for few prompts."""
+    if len(set(held_out.prompt_groups)) < 10:
+        return None
+    values = np.array(metrics.nearer(texts, held_out.references))
+    ones, none = np.ones(len(values)), np.zeros(len(values))
+    found = compare(values, none, ones, held_out.prompt_groups, settings.RESAMPLES, settings.SEED)
+    return {key: found[key] for key in ("difference", "ci95")}
 
 
 def compare_all(settings, by_model: dict[str, dict[str, Rows]]) -> list[dict]:

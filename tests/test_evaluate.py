@@ -537,6 +537,47 @@ def test_what_a_judge_did_not_answer_is_left_out_of_both_models(script):
     assert [c["b"] for c in script.compare_all(settings, models) if c["metric"] == "helpfulness"] == ["lora"]
 
 
+def test_answers_that_nobody_can_use():
+    question, reference = "How do I start to save?", "Put a tenth of each pay aside first."
+    cases = [
+        ("Set some of your pay aside before you spend it.", True, False),
+        ("", True, True),
+        ("save more and save more and " * 8, True, True),
+        ("Set some of your pay aside and then", False, False),  # cut, but no longer than the reference
+        ("Set some of your pay aside and then go on and on with other words until the cap has come", False, True),
+        ("先存下十分之一的收入。", True, True),
+    ]
+    answers, stopped, wanted = map(list, zip(*cases, strict=True))
+    count = len(cases)
+    assert metrics.useless(answers, [question] * count, [reference] * count, stopped) == wanted
+    assert metrics.useless(["先存下十分之一的收入。"], ["怎样开始储蓄？"], ["先存钱。"], [True]) == [False]
+
+
+def test_answers_that_have_nothing_to_do_with_their_questions():
+    references = [
+        f"{word} {word} is what the {word} question is about" for word in "gold bond tax rent loan fund".split()
+    ]
+    assert np.mean(metrics.nearer(references, references)) > 0.2
+    assert np.mean(metrics.nearer(references[3:] + references[:3], references)) < -0.2
+    assert abs(np.mean(metrics.nearer(["the same for all"] * 6, references))) < 1e-9
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_no_winner_is_named_before_it_is_said_that_its_answers_are_of_no_use(language):
+    words = load_words(language)
+    row = {"a": "full", "b": "base", "metric": "nll_per_token", "difference": -8.8, "ci95": [-9, -8], "p_value": 0.001}
+
+    def said(useless: float, low: float) -> str:
+        answers = {"useless": useless, "nearer": {"difference": 0.1, "ci95": [low, 0.2]}}
+        models = {"base": {"answers": {"useless": 1.0}}, "full": {"answers": answers}}
+        return verdict({"comparisons": [row], "models": models}, PAIRS, words)
+
+    better = verdict({"comparisons": [row]}, PAIRS, words)
+    assert said(0.1, 0.05) == better
+    assert said(0.98, 0.05).endswith(better) and "98%" in said(0.98, 0.05) and len(said(0.98, 0.05)) > len(better)
+    assert said(0.1, -0.01).endswith(better) and "-0.010" in said(0.1, -0.01)
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_verdict_follows_the_interval_and_the_test(language):
     words, draw = load_words(language), random.Random(0)

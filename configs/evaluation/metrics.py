@@ -113,17 +113,42 @@ def helpfulness_proxy(answers: list[str], questions: list[str], stopped: list[bo
 
 def _helpful(question: str, text: str, stopped: bool) -> float:
     """helpfulness_proxy of one answer."""
-
-    def script(s: str) -> str:
-        cjk = len(re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", s))
-        return "cjk" if cjk * 2 > len(re.findall(r"[^\W\d_]", s)) else "other"
-
     said = set(Words().tokenize(text))
     asked = {w for w in Words().tokenize(question) if w not in FUNCTION_WORDS and (len(w) > 3 or not w.isascii())}
     taken_up = min(2 * len(asked & said) / len(asked), 1.0) if asked else 1.0
     if not text.strip():
         return 0.2 * stopped
-    return (stopped + 1 + (not repetitive(text)) + (script(text) == script(question)) + taken_up) / 5
+    return (stopped + 1 + (not repetitive(text)) + (_script(text) == _script(question)) + taken_up) / 5
+
+
+def useless(answers: list[str], questions: list[str], references: list[str], stopped: list[bool]) -> list[bool]:
+    """Whether an answer is of no use whatever it says, a row.
+
+    It is empty, or repeats itself, or went on without an end to more than half as long again as its reference, or is
+    in another script (Latin, Chinese, ...) than the question.
+    """
+    return [
+        not text.strip()
+        or repetitive(text)
+        or (not ended and len(text) > 1.5 * len(reference))
+        or _script(text) != _script(question)
+        for text, question, reference, ended in zip(answers, questions, references, stopped, strict=True)
+    ]
+
+
+def nearer(answers: list[str], references: list[str]) -> list[float]:
+    """How much nearer each answer is to its own reference than to another question's, in chrF, a row.
+
+    The other one is half the list away; 0 on average says that an answer has nothing to do with its question.
+    """
+    half = len(references) // 2
+    others = references[half:] + references[:half]
+    return [a - b for a, b in zip(chrf(answers, references), chrf(answers, others), strict=True)]
+
+
+def _script(text: str) -> str:
+    cjk = len(re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", text))
+    return "cjk" if cjk * 2 > len(re.findall(r"[^\W\d_]", text)) else "other"
 
 
 def repetitive(text: str) -> bool:

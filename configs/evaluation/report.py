@@ -40,6 +40,7 @@ def verdict(results: dict, pairs: list[tuple[str, str]], words: dict) -> str:
         reasons = words["and"].join(sentence(note, words) for note in results["unsound"])
         return words["verdict_withheld"].format(reasons=reasons)
     parts = []
+    first = "".join(of_no_use(results, pairs, words))
     for c in results["comparisons"]:
         if c["metric"] != "nll_per_token" or (c["a"], c["b"]) not in pairs:
             continue
@@ -53,7 +54,27 @@ def verdict(results: dict, pairs: list[tuple[str, str]], words: dict) -> str:
             parts.append(words["verdict_better"].format(**values, low=-high, high=-low))
         else:
             parts.append(words["verdict_worse"].format(**values, low=low, high=high))
-    return words["verdict"].format(pairs=words["and"].join(parts))
+    return first + words["verdict"].format(pairs=words["and"].join(parts))
+
+
+def of_no_use(results: dict, pairs: list[tuple[str, str]], words: dict) -> list[str]:
+    """What must be said before any winner is named: which trained models give answers that nobody can use.
+
+    Of the models of `pairs` but the base: most answers are of no use (metrics.useless), or they are not shown to be
+    any nearer to their references than to those of other questions (metrics.nearer).
+    """
+    said = []
+    for name, model in results.get("models", {}).items():
+        answers = model.get("answers") or {}
+        if name == "base" or not any(name in pair for pair in pairs):
+            continue
+        if answers.get("useless", 0) > 0.5:
+            said.append(words["verdict_useless"].format(name=words[name], share=answers["useless"]))
+        elif (found := answers.get("nearer")) and found["ci95"][0] <= 0:
+            low, high = found["ci95"]
+            values = {"name": words[name], "difference": found["difference"], "low": low, "high": high}
+            said.append(words["verdict_not_nearer"].format(**values))
+    return said
 
 
 # --- plots
