@@ -111,6 +111,26 @@ def test_every_exit_code_has_a_line(readme):
     assert [code for pair in codes for code in pair if code] == ["0", "1", "2", "129", "130", "143", "141"]
 
 
+def test_agents_are_told_of_the_states_and_keys_that_there_are():
+    from configs import state
+
+    page, kinds = text("AGENTS.md"), re.search(r"kind: (.+?);", state.Step.__doc__)[1]
+    told = re.search(r"`state` is (.+?) \|", page)[1]
+    assert set(re.findall(r'"([^"]+)"', told)) == set(re.findall(r'"([^"]+)"', kinds)) and told.count('"') == 10
+    sources = {name: text(name) for name in ("4_evaluate_compare.py", "configs/comparison/results.py")}
+    sources["training"] = text("configs/training/runlog.py")
+    sources["1"] = text("1_prepare_dataset.py")
+    rows = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ") and ".json`:" in line]
+    for row, source in zip(rows, sources.values(), strict=True):
+        for key in re.findall(r"`([a-z_.]+)`", row.partition(":")[2]):
+            for part in key.split("."):
+                assert f'"{part}"' in source + text("configs/evaluation/statistics.py"), key
+    codes = re.search(r"^Exit codes: .*$", page, re.MULTILINE)[0]
+    in_readme = re.findall(r"^\| ([\d]+)(?: or (\d+))? \|", text("README.md"), re.MULTILINE)
+    assert {code for pair in in_readme for code in pair if code} == set(re.findall(r"\b\d+\b", codes))
+    assert re.search(r"\[AGENTS.md\]\(AGENTS.md\)", text("README.md") + text("README.zh-CN.md"))
+
+
 def test_continuous_integration_runs_the_command_as_it_stands():
     assert TESTS in text(".ci/run").splitlines()
 
@@ -133,7 +153,7 @@ def check(script: str, words: list[str]) -> None:
         assert not words, f"{script} {words}: which flags it has is not known here"
 
 
-@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize("readme", [*READMES, "AGENTS.md"])
 def test_every_command_is_accepted(readme, capsys):
     for words in commands(readme):
         given = list(words)
@@ -154,7 +174,7 @@ def test_every_command_is_accepted(readme, capsys):
                 assert not stop.code, (given, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize("readme", [*READMES, "AGENTS.md"])
 def test_every_flag_and_setting_in_backticks_exists(readme):
     for span in spans(readme):
         if span.startswith("--"):
