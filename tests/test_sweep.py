@@ -19,7 +19,7 @@ from configs.comparison import jobs, report, results, runs, weights
 from configs.comparison.plan import Sweep, begin
 from configs.comparison.question import Arm, grid, neighbour, read_question
 from configs.comparison.runs import check_arms, note, words_of
-from configs.comparison.sweep import best_rate, choose
+from configs.comparison.sweep import best_rate, choose, confirm
 
 LORA, FULL = SCRIPTS[1:3]
 QUESTIONS = sorted(path.stem for path in (ROOT / "configs" / "comparison").glob("*.yaml"))
@@ -176,6 +176,35 @@ def test_diverged_runs_count_and_never_win(tmp_path, pretending):
     two = with_grid(fresh_sweep(tmp_path / "two", "lora"))
     choose(two, 1, 900, 1, 10)
     assert two.selection["lora"] == {"rate": None, "eval_loss": None, "edge": False}
+
+
+def test_all_rows_decide_between_a_rate_that_a_share_of_them_chose_and_the_next_lower_one(tmp_path, pretending):
+    arms = [Arm(name, name, {}) for name in ("lora", "full")]
+    settings = settings_of(tmp_path, SELECTION_FRACTION=0.5)
+    one = with_grid(begin(settings, arms, {"name": "x"}, MANIFEST, {"lora": [], "full": []}))
+    rates = {arm: grid(arm, 2560) for arm in ("lora", "full")}
+
+    def loss(arm: str, rate: float, seed: int) -> float:
+        best = 3 if seed < 51 or arm == "full" else 2  # with all rows, LoRA's best rate is one step lower
+        return abs(rates[arm].index(rate) - best) + 2.0
+
+    order = pretending(one, loss)
+    choose(one, 1, 900, 1, 14)
+    assert [one.selection[arm]["rate"] for arm in rates] == [rates[arm][3] for arm in rates]
+    confirm(one, 1, 900, 1, 14)
+    assert one.selection["lora"]["rate"] == rates["lora"][2] and one.selection["full"]["rate"] == rates["full"][3]
+    assert len(order) == 14 and all("seed_51" in key for key in order[10:])
+    words = words_of(one, one.runs[order[-1]], 900)
+    assert not [word for word in words if word.startswith("--max_train_samples")]  # all rows
+    # the same again, when a sweep goes on
+    choose(one, 1, 900, 1, 14)
+    confirm(one, 1, 900, 1, 14)
+    assert one.selection["lora"]["rate"] == rates["lora"][2] and len(order) == 14
+    whole = with_grid(fresh_sweep(tmp_path / "whole", "lora"))
+    order = pretending(whole, loss)
+    choose(whole, 1, 900, 1, 5)
+    confirm(whole, 1, 900, 1, 5)
+    assert len(order) == 5  # where all rows have chosen, there is nothing to confirm
 
 
 # --- what is done again

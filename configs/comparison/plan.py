@@ -15,9 +15,9 @@ from configs.settings import command, fail, say
 class Sweep:
     """A sweep: its plan, and the state of its runs, as sweep.json holds them.
 
-    plan: what must be the same when it goes on. runs: {key: record}, a record has arm, rate, seed, phase ("selection"
-    or "seeds"), folder, state ("waiting", "done", "diverged" or "failed"), and when it is over eval_loss, start_loss,
-    seconds, tokens, peak_memory_bytes, why. selection: {arm: {rate, eval_loss, edge}}.
+    plan: what must be the same when it goes on. runs: {key: record}, a record has arm, rate, seed, phase
+    ("selection", "confirmation" or "seeds"), folder, state ("waiting", "done", "diverged" or "failed"), and when it is
+    over eval_loss, start_loss, seconds, tokens, peak_memory_bytes, why. selection: {arm: {rate, eval_loss, edge}}.
     """
 
     folder: Path

@@ -181,7 +181,7 @@ def line_of(sweep: Sweep, key: str, total: int) -> str:
     what = f"eval_loss {run['eval_loss']:.4f}" if run["state"] == "done" else f"{run['state']}: {run.get('why', '')}"
     left = max(total - len(ended), 0)
     # a fresh run has all rows, where one that chooses a rate may have a share of them
-    share = {"selection": sweep.plan["fraction"], "seeds": 1.0}
+    share = {"selection": sweep.plan["fraction"], "confirmation": 1.0, "seeds": 1.0}
     took = [r["seconds"] / share[r["phase"]] for r in ended if r.get("seconds")]
     ahead = sum(share[r["phase"]] for r in sweep.runs.values() if r["state"] == "waiting")
     ahead += max(left - sum(r["state"] == "waiting" for r in sweep.runs.values()), 0)
