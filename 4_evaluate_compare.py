@@ -464,15 +464,7 @@ def write_all(
         records = (record for label, m in measured.items() for record in records_of(label, m, held_out))
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         handover.write_text(new / "evaluation_examples.jsonl", "".join(lines))
-        items = [
-            {"task": name, "metric": task.metric, "model": label, **record}
-            for label, m in measured.items()
-            for name, task in m.tasks.items()
-            for record in task.records
-        ]
-        if items:
-            lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-            handover.write_text(new / "evaluation_benchmarks.jsonl", "".join(lines))
+        benchmarks.write_items(new / "evaluation_benchmarks.jsonl", {label: m.tasks for label, m in measured.items()})
         shown = results | {
             "verdict": verdict(results, PAIRS, words),
             "warnings": [sentence(note, words) for note in warnings],

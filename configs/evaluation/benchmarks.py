@@ -5,14 +5,16 @@ https://github.com/EleutherAI/lm-evaluation-harness
 """
 
 import importlib.util
+import json
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Number
+from pathlib import Path
 
 import numpy as np
 
-from configs import hub
+from configs import handover, hub
 from configs.evaluation.scoring import token_budget
 from configs.flags import near
 from configs.settings import fail, say
@@ -96,3 +98,18 @@ def of_task(samples: list[dict], higher: dict[str, bool]) -> Task:
     name = metric if first == "none" else f"{metric}, {first}"
     better = "higher" if higher.get(metric, True) else "lower"
     return Task(name, better, values, [s["doc_hash"] for s in samples], records)
+
+
+def write_items(path: Path, found: dict[str, dict[str, Task]]) -> None:
+    """One line an item of each task and model, {task, metric, model, item, value, target, answers}; none, no file.
+
+    found: {model: {task: what it did}}.
+    """
+    items = [
+        {"task": name, "metric": task.metric, "model": model, **record}
+        for model, tasks in found.items()
+        for name, task in tasks.items()
+        for record in task.records
+    ]
+    if items:
+        handover.write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
