@@ -19,7 +19,7 @@ import itertools
 import shlex
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -55,7 +55,7 @@ NEAR_DUPLICATE_THRESHOLD: Annotated[float | None, "0.7 <= x <= 1"] = 0.8  # keep
 
 # --- output
 DATA_DIR = "data"  # folder for the prepared data
-LANGUAGE: Literal["en", "zh"] = "en"  # language of dataset_report.md
+LANGUAGE: Literal["auto", "en", "zh"] = "auto"  # language of the messages and dataset_report.md; auto: the terminal's
 DRY_RUN = False  # show the columns, the counts and three rows, and write nothing
 
 if __name__ == "__main__":
@@ -80,9 +80,12 @@ from configs.preparation.conversations import (
     to_conversation,
 )
 from configs.preparation.near_duplicates import find_groups
+from configs.preparation.questions import doubt_about
 from configs.preparation.reading import BadRow, read_rows
 from configs.preparation.report import as_seen, first_rows, write_report
 from configs.preparation.writing import save_splits, write_arrow
+from configs.translation import phrase
+from configs.words import spoken
 
 
 def format_to_chatml(example: dict) -> dict | list | str:
@@ -265,7 +268,7 @@ def convert(
     """
     seen: dict[str, int] = {}
     marks, ruler = chat.markers(tokenizer), chat.Ruler(tokenizer, max_length)
-    bar = tqdm(rows, desc="checking", unit=" rows")
+    bar = tqdm(rows, desc=phrase("checking"), unit=phrase(" rows"))
     for number, (place, row) in enumerate(bar):
         try:
             example = normalise(row, schema)
@@ -491,6 +494,9 @@ def prepare(settings, tokenizer, scratch: Path) -> tuple[datasets.Dataset, np.nd
     parts = split_rows(ids, groups, settings.EVAL_FRACTION, settings.SEED)
     sizes = {name: len(numbers) for name, numbers in parts.items()}
     check_parts(sizes, groups, questions, several["rows"], settings)
+    test = [{"prompt": rows[int(n)]["prompt"], "group": str(groups[n])} for n in parts["test"]]
+    if doubt := doubt_about(test, rows):
+        say(doubt)
 
     same_prompt = sum(n for n in np.unique(questions, return_counts=True)[1] if n > 1)
     no_matter = ("LANGUAGE", "DRY_RUN")  # to the rows
@@ -516,6 +522,7 @@ def prepare(settings, tokenizer, scratch: Path) -> tuple[datasets.Dataset, np.nd
 
 def main() -> None:
     settings = freeze(globals())
+    settings = replace(settings, LANGUAGE=spoken(settings.LANGUAGE))
     if not main_process():
         return  # of several processes, the first one prepares the data
     if settings.DRY_RUN:

@@ -61,7 +61,7 @@ SEED: Annotated[int, "0 <= x < 4_000_000_000"] = 42  # for the resampling, and f
 
 # --- output
 REPORT_DIR = "outputs"  # folder for the results, the report and its plots
-REPORT_LANGUAGE: Literal["en", "zh"] = "en"  # language of the report and of the summary on the screen
+REPORT_LANGUAGE: Literal["auto", "en", "zh"] = "auto"  # language of the report and the messages; auto: the terminal's
 
 if __name__ == "__main__":
     override(globals(), check=hub.model_problems)
@@ -109,6 +109,7 @@ from configs.evaluation.statistics import blocks, compare, effective_number, hol
 from configs.handover import PREPARE
 from configs.preparation.reading import general_text
 from configs.text import visible
+from configs.words import spoken
 
 # --- what is compared
 
@@ -477,6 +478,7 @@ def write_all(
 
 def main() -> None:
     settings = freeze(globals())
+    settings = replace(settings, REPORT_LANGUAGE=spoken(settings.REPORT_LANGUAGE))
     if wrong := problems(settings):
         fail(*wrong)
     manifest = handover.read_manifest(settings.DATA_DIR)
@@ -549,7 +551,6 @@ def main() -> None:
         f"{words['perplexity']}: {', '.join(perplexities)}",
         f"{', '.join(f'{folder}/{name}' for name in files)}; {words['tensorboard']}: tensorboard --logdir ./outputs/",
         command(__file__, "--prompt", words["your_question"]),
-        words["ending"],
     )
     device.leave()
 

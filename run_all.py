@@ -51,6 +51,7 @@ if __name__ == "__main__":
     as_written, (asked, typed) = dict(globals()), status_asked(sys.argv[1:])
     flags_of_steps = override_all(globals(), typed)
 
+from configs.ending import FOLLOWED
 from configs.machine import count_gpus
 from configs.menu import Menu
 from configs.screen import Settings, show_status
@@ -59,8 +60,8 @@ SCRIPTS = list(SECTIONS)
 DEMO_MODEL = Path("outputs/demo_base_model")
 
 
-def run(command: list[str]) -> int:
-    """Run a step as a child process; its exit code.
+def run(command: list[str], last: bool = True) -> int:
+    """Run a step as a child process; its exit code. last: whether it is to name the next command at its end.
 
     A signal to this process is the child's to act on, and ends the whole run even where the child was about to end
     well.
@@ -77,7 +78,7 @@ def run(command: list[str]) -> int:
     hangup = getattr(signal, "SIGHUP", None)  # a terminal that was closed; nohup has it ignored
     heard = [hangup] if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN else []
     old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, *heard)}
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, env={**os.environ, "LANGUAGE": spoken(LANGUAGE), FOLLOWED: "" if last else "1"})
     for number in set(received) - {signal.SIGINT}:
         child.send_signal(number)
     code = child.wait()
@@ -164,7 +165,7 @@ def run_steps(steps: list[int], words: dict, flags: dict[str, list[str]], last: 
         given = in_language(script, given) if number else given
         print(f"\n=== {number}  {what}: {shown} {shlex.join([os.path.relpath(script), *given])}", flush=True)
         start = time.monotonic()
-        code = run([*start_words, str(script), *given])
+        code = run([*start_words, str(script), *given], last and number == plan[-1][0])
         times.append((number, what, time.monotonic() - start))
         if code == 141:  # `| head`: nobody reads on, and the step has ended without a word
             sys.exit(code)

@@ -1,5 +1,6 @@
 """The last line of a step: what came out, how long it took, where to look, and the next command."""
 
+import os
 import time
 
 import psutil
@@ -7,13 +8,14 @@ import psutil
 from configs.settings import say
 from configs.state import spell
 
+FOLLOWED = "SFT_FOLLOWED"  # run_all.py sets this variable for a step behind which it runs another one itself
 
-def say_done(what: str, look_at: str, then: str, words: str | None = None) -> None:
+
+def say_done(what: str, look_at: str, then: str) -> None:
     """Say how a step ended, with QUIET too.
 
-    what: its headline; look_at: files; then: a command. words: the line in another language, with the fields {what},
-    {took}, {look_at} and {then}.
+    what: its headline; look_at: files; then: a command, which is left out where run_all.py goes on by itself.
     """
     took = spell(time.time() - psutil.Process().create_time())
-    line = words or "done: {what}; {took}; look at {look_at}; next: {then}"
-    say(line.format(what=what, took=took, look_at=look_at, then=then), always=True)
+    following = "" if os.environ.get(FOLLOWED) else f"; next: {then}"
+    say(f"done: {what}; {took}; look at {look_at}{following}", always=True)

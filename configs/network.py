@@ -21,6 +21,7 @@ from huggingface_hub.utils import httpx, sha
 
 from configs.secrets import redact
 from configs.settings import say
+from configs.translation import translated
 
 # A user's own HF_HUB_DOWNLOAD_TIMEOUT wins. Without one the libraries wait 10 s at some places and forever at others.
 TIMEOUT_S = constants.HF_HUB_DOWNLOAD_TIMEOUT if os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") else 20
@@ -153,7 +154,7 @@ def _watch() -> None:
             # An answer whose headers drip is outside of every time-out, and its thread cannot be stopped. What this
             # program was writing is settled by the next run, as after a power cut.
             line = f"error: {wait.what} could not be fetched: {wait.reason()}; {wait.mend}"
-            print(redact(line), file=sys.stderr, flush=True)
+            print(translated(redact(line)), file=sys.stderr, flush=True)
             os._exit(2)
 
 

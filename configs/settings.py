@@ -30,6 +30,7 @@ from typing import NoReturn
 from configs.flags import ROOT, SECTIONS, Flag, list_presets, preset_path, read_flags, read_preset
 from configs.secrets import redact
 from configs.text import disk_full, visible
+from configs.translation import translated, use
 from configs.values import Constant, as_text, read_constants
 
 RUN_ALL = "run_all.py"
@@ -85,7 +86,7 @@ def say(*words: object, always: bool = False) -> None:
     text = visible(redact(" ".join(map(str, words))))
     if main_process() and (always or not _quiet or text.startswith(("note: ", "warning: ", "error: "))):
         with beside_line():
-            print(text, flush=True)
+            print(translated(text), flush=True)
 
 
 def fail(*problems: object) -> NoReturn:
@@ -100,7 +101,7 @@ def fail(*problems: object) -> NoReturn:
     for problem in dict.fromkeys(visible(redact(str(problem))) for problem in problems):
         # of what a user pasted by mistake, the beginning says enough; the end says what mends it
         shown = problem if len(problem) <= 3000 else f"{problem[:1000]} ... {problem[-1000:]}"
-        print(f"error: {shown}", file=sys.stderr)
+        print(translated(f"error: {shown}"), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -127,7 +128,8 @@ def quiet_errors() -> None:
 def _end_quietly(kind: type, error: BaseException, trace: object) -> None:
     if issubclass(kind, KeyboardInterrupt):
         with contextlib.suppress(OSError):  # nobody may read it any more
-            print("\ninterrupted; finished outputs are unchanged; run again to start over", file=sys.stderr)
+            words = "\ninterrupted; finished outputs are unchanged; run again to start over"
+            print(translated(words), file=sys.stderr)
         _flush()
         os._exit(130)  # by itself, python would end with the signal, which a parent process sees as -2
     if issubclass(kind, BrokenPipeError) and _nobody_reads():
@@ -252,6 +254,7 @@ def override(constants: dict, argv: list[str] | None = None, check: Callable[[di
     if check:
         now = {name: constants.get(name, constant.default) for name, constant in known.items()}
         problems += check(now | {name: value for name, (value, _) in chosen.items()})
+    use(constants | {name: value for name, (value, _) in chosen.items()})
     if problems:
         fail(*problems)
     changed, told = {}, {}
@@ -282,6 +285,7 @@ def override_all(constants: dict, argv: list[str] | None = None) -> dict[str, li
     chosen = {flag.constant.name: flag.value for flag in flags if flag.step is None}
     typed = chosen | ({"PRESET": preset} if preset else {})
     constants.update(typed)
+    use(constants)
     if constants["DEMO"]:
         if typed.get("PRESET", "demo") != "demo":
             problems.append(f"--demo is --preset demo --yes; leave it out for --preset {preset}, or take --yes")

@@ -232,11 +232,15 @@ TEXTS = {
 }
 
 
+# As gettext does, the language of messages is looked for in LANGUAGE first; run_all.py sets it for its steps.
+GIVEN = os.environ.get("LANGUAGE")
+
+
 def spoken(language: str = "auto") -> str:
     """ "en" or "zh": what was asked for, and for "auto" what the locale of this terminal says."""
     if language != "auto":
         return language
-    named = next((os.environ[key] for key in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(key)), "")
+    named = GIVEN or next((os.environ[key] for key in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(key)), "")
     if not named:  # Windows has no such variables
         named = locale.getlocale()[0] or ""
     return "zh" if named.lower().startswith(("zh", "chinese")) else "en"

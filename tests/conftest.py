@@ -23,7 +23,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_DISABLE_TELEMETRY="1", CI="1"
 )
 os.environ.pop("HF_TOKEN", None)
-os.environ["LC_ALL"] = "C.UTF-8"  # the menu would speak the language of this terminal
+os.environ["LC_ALL"] = "C.UTF-8"  # all would be said in the language of this terminal
+os.environ.pop("LANGUAGE", None)
 for name in ("COLUMNS", "LINES"):  # pytest-xdist sets them, and a test's own terminal would not have its own width
     os.environ.pop(name, None)
 # A shell that puts the suite into the background lets it ignore Ctrl-C, and every child would inherit that.

@@ -58,7 +58,8 @@ def make_folder(tmp_path: Path) -> Path:
     for path in (ROOT / "configs").glob("*.py"):
         shutil.copy(path, tmp_path / "configs" / path.name)
     shutil.copy(ROOT / "configs" / "presets" / "demo.yaml", tmp_path / "configs" / "presets" / "demo.yaml")
-    shutil.copy(ROOT / "configs" / "help_zh.yaml", tmp_path / "configs")
+    for name in ("help_zh.yaml", "sentences_zh.yaml"):
+        shutil.copy(ROOT / "configs" / name, tmp_path / "configs")
     shutil.copy(ROOT / "configs" / "demo" / "finance_qa.jsonl", tmp_path / "configs" / "demo")
     (tmp_path / "configs" / "presets" / "small.yaml").write_text(SMALL)
     (tmp_path / "configs" / "demo" / "base_model.py").write_text(BASE_MODEL)

@@ -30,9 +30,8 @@ class Training:
     def __call__(self) -> int:
         Path(self.output).parent.mkdir(parents=True, exist_ok=True)
         with open(self.output, "a", encoding="utf-8") as output:
-            self.child = subprocess.Popen(
-                self.words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            self.child = subprocess.Popen(self.words, **streams, env={**os.environ, "LANGUAGE": "en"})
             return self.child.wait()
 
     def checkpoint(self):

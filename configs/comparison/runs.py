@@ -20,6 +20,7 @@ from configs.values import as_text
 
 INTERRUPTED = (-2, -15, -1, 129, 130, 143)  # exit codes of a run that has saved a checkpoint and goes on from there
 UNITS = {"MB": 1e6, "GB": 1e9}
+ENGLISH = {"LANGUAGE": "en"}  # what the runs say is read by this program
 
 
 def words_of(sweep: Sweep, run: dict, train_rows: int) -> list[str]:
@@ -43,7 +44,8 @@ def check_arms(sweep: Sweep, train_rows: int, seeds: int) -> float:
     for arm in sweep.arms:
         own = sweep.of(arm.name, "selection")
         words = [sys.executable, *words_of(sweep, own[0], train_rows), "--plan_only=true"]
-        result = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8")
+        told = {"capture_output": True, "text": True, "encoding": "utf-8", "env": {**os.environ, **ENGLISH}}
+        result = subprocess.run(words, stdin=subprocess.DEVNULL, **told)
         if result.returncode:
             lines = result.stderr.splitlines()
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
@@ -77,7 +79,7 @@ def train(sweep: Sweep, key: str, train_rows: int, gpu: int | None, starts: list
     run, folder = sweep.runs[key], Path(sweep.runs[key]["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     await_older(folder)
-    env = dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    env = {**os.environ, **ENGLISH} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
     with (folder / "output.txt").open("a", encoding="utf-8") as output:
         child = subprocess.Popen(
             [sys.executable, *words_of(sweep, run, train_rows)],

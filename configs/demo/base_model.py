@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run by its path, python looks for modules beside the script only
 
 from configs import handover, hub
-from configs.settings import fail, quiet_errors
+from configs.settings import fail, quiet_errors, say
+from configs.translation import phrase
 
 
 def read_arguments(arguments: list[str]) -> None:
@@ -42,6 +43,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers.utils import logging
 
 FOLDER = "outputs/demo_base_model"  # relative to the current folder, as every output is
 END = "<|endoftext|>"
@@ -109,7 +111,7 @@ def pretrain(model: PhiForCausalLM, ids: torch.Tensor) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, STEPS // 20, STEPS)
     losses = []
-    for _ in tqdm(range(STEPS), desc="pre-training the demo's base model"):
+    for _ in tqdm(range(STEPS), desc=phrase("pre-training the demo's base model")):
         starts = torch.randint(len(ids) - LENGTH, (BATCH,), generator=random)
         batch = torch.stack([ids[s : s + LENGTH] for s in starts.tolist()])
         with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
@@ -125,6 +127,7 @@ def pretrain(model: PhiForCausalLM, ids: torch.Tensor) -> float:
 
 def main() -> None:
     began = time.monotonic()
+    logging.disable_progress_bar()  # "Writing model shards"
     torch.manual_seed(SEED)
     texts, held_out = corpus()
     tokenizer = make_tokenizer(texts)
@@ -138,7 +141,7 @@ def main() -> None:
         tokenizer.save_pretrained(new / name)
         handover.write_text(new / name / "general_text.txt", "\n\n".join(held_out) + "\n")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(
+    say(
         f"done: {FOLDER}, {millions:.1f} million parameters, pre-trained on {STEPS * BATCH * LENGTH:,} "
         f"tokens in {time.monotonic() - began:.0f} s, last loss {loss:.2f} nats per token"
     )

@@ -15,6 +15,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from configs import chat, handover, hub, models, state
 from configs.evaluation.report import Note, load_words, sentence
 from configs.handover import FULL, LORA, PREPARE
+from configs.preparation.questions import question_groups
 from configs.settings import command, fail
 from configs.text import quoted
 
@@ -275,26 +276,6 @@ class HeldOut:
     @cached_property
     def questions(self) -> list[str]:
         return [p["prompt"][-1]["content"] for p in self.prompts]
-
-
-def question_groups(rows: list[dict]) -> list[str]:
-    """A group for each row with `prompt` and perhaps `group`: rows that share either one's group are in one.
-
-    Step 1 has found the near-duplicates. Questions that differ in their figures alone ("what is 5 % of $200?") are no
-    independent observations either, since a model that knows one of them knows them all.
-    """
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            name = parent[name]
-        return name
-
-    texts = [re.sub(r"\d+(?:[.,:]\d+)*", "0", json.dumps(row["prompt"]).lower()) for row in rows]
-    names = [row.get("group") or text for row, text in zip(rows, texts, strict=True)]
-    for name, text in zip(names, texts, strict=True):
-        parent[root(f"text {text}")] = root(f"group {name}")
-    return [root(f"group {name}").removeprefix("group ") for name in names]
 
 
 def load_held_out(settings, manifest: dict) -> HeldOut:

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from configs import chat, device, models
 from configs.handover import PREPARE
 from configs.settings import command, fail, main_process, say
+from configs.translation import phrase
 
 GENERAL_PIECES = 200  # of the general text that are scored at most, each of up to 256 tokens
 CHUNK = 512  # positions whose logits over the whole vocabulary are held at once
@@ -136,7 +137,7 @@ def in_batches(
     unit: what sizes and budget count, "tokens" or "prompts". Raises: SystemExit(2) where one item is too large.
     """
     found, rest, of = {}, items, "rows" if unit == "tokens" else unit
-    with tqdm(total=len(items), desc=label, unit=f" {of}", disable=not main_process()) as bar:
+    with tqdm(total=len(items), desc=phrase(label), unit=f" {phrase(of)}", disable=not main_process()) as bar:
         while rest:
             for batch in batches(rest, sizes, min(budget, _held.get(unit, budget))):
                 results = tried(work, batch)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ import datasets
 import numpy as np
 from datasketch import MinHash
 from scipy.sparse import coo_array, csgraph
+
+from configs.translation import phrase
 
 # Two prompts land in one bucket when all hashes of a band agree: with 32 bands of 6, prompts of similarity 0.8 meet at
 # least once with a probability of 0.9999 (computed), and prompts of 0.3 with one of 0.02.
@@ -108,6 +111,8 @@ def find_groups(
 
     link(questions[order], 1, 0)  # equal prompts: neighbours in the order of their hash
     if threshold is not None:
+        # a log file needs no copy of the library's own bar
+        (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
         workers = min(os.cpu_count() or 1, 8) if len(rows) > 20_000 else None
         records = rows.map(
             signer(),
@@ -115,7 +120,7 @@ def find_groups(
             num_proc=workers,
             remove_columns=rows.column_names,
             new_fingerprint="signed",
-            desc="comparing prompts",
+            desc=phrase("comparing prompts"),
         )
         signed = np.frombuffer(b"".join(records.data["signed"].to_pylist()), SIGNED)[order]
         # up to 8 neighbours in a bucket: chains of neighbours join the whole of it, and a huge bucket stays cheap

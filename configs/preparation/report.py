@@ -8,6 +8,7 @@ import numpy as np
 
 from configs import chat, handover
 from configs.text import cell, visible
+from configs.translation import Phrase
 
 SAMPLE = 2000  # rows whose tokens are counted
 WORDS = {
@@ -57,45 +58,11 @@ WORDS = {
         "trained": "⟦ 与 ⟧ 之间的部分参与训练，其余部分模型只读不学。",
     },
 }
-# reasons and changes as the manifest has them, for a report in Chinese
-REASONS = {
-    "not JSON": "不是 JSON",
-    "not an object with columns": "不是带列名的对象",
-    "more cells than columns (an unquoted comma?)": "单元格比列多（有未加引号的逗号？）",
-    "gold_index names none of the options": "gold_index 不对应任何选项",
-    "label is a number without a name": "标签是没有名称的数字",
-    "missing answer": "缺少回答",
-    "empty answer": "回答为空",
-    "answer is not a string": "回答不是字符串",
-    "missing prompt": "缺少提示词",
-    "empty prompt": "提示词为空",
-    "prompt is not a string": "提示词不是字符串",
-    "input is not a string": "input 不是字符串",
-    "system is not a string": "system 不是字符串",
-    "missing messages": "缺少消息",
-    "message is not an object": "消息不是对象",
-    "message is not text": "消息不是文本",
-    "role or tool call that cannot be used": "角色或工具调用无法使用",
-    "history is not a list of questions and answers": "history 不是由问答组成的列表",
-    "no question in front of an answer": "回答之前没有问题",
-    "prompt equal to answer": "提示词与回答相同",
-    "NUL character": "含有 NUL 字符",
-    "half a surrogate pair": "含有半个代理对字符",
-    "template marker or special token in the text": "文本中含有模板标记或特殊 token",
-    "exact duplicate": "完全重复",
-    "conversation that the chat template cannot render": "对话模板无法表示这段对话",
-    "white space around the answer removed": "去掉了回答首尾的空白",
-    "turns behind the last answer removed": "去掉了最后一个回答之后的内容",
-    "answers only read (no question in front, or weight 0)": "只读不训练的回答（前面没有问题，或 weight 为 0）",
-}
 
 
 def reason_in(language: str, reason: str) -> str:
-    """A reason of the manifest in the language of the report."""
-    if language == "en":
-        return reason
-    longer = re.fullmatch(r"longer than (\d+) tokens", reason)
-    return f"超过 {longer[1]} 个 token" if longer else REASONS.get(reason, reason)
+    """Why a row was left out, or what was changed in it, as the manifest has it, in the language of the report."""
+    return Phrase(reason).chinese() if language == "zh" else reason
 
 
 def first_rows(rows: datasets.Dataset, ids: np.ndarray, count: int = 3) -> datasets.Dataset:

@@ -23,6 +23,7 @@ from configs.training import checkpoints, doubts
 from configs.training.memory import Plan, sharing
 from configs.training.resume import Start, say_new_end
 from configs.training.trainer import StepSampler, cut, deepspeed_path
+from configs.translation import translated
 
 MOST_ROWS = 100_000  # of an optimizer step; the memory plan tries every number of them, which takes seconds then
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "none")  # REPORT_TO; each is a package's name
@@ -221,7 +222,7 @@ def _say_lost(output_dir: str, otherwise: Callable, kind: type, error: BaseExcep
             f"error: another process ended, or did not answer within {device.PATIENCE.seconds // 60} minutes ({why}); "
             f"see why on its machine, then start all of them again with the same command: {goes_on}"
         )
-        print(words, file=sys.stderr)
+        print(translated(words), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)  # a plain exit would wait for the process that is gone

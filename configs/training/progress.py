@@ -9,6 +9,7 @@ import time
 from collections import deque
 
 import datasets
+from rich.cells import cell_len
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers import trainer as transformers_trainer
@@ -18,6 +19,7 @@ from configs import settings
 from configs.device import GB
 from configs.settings import is_quiet, say
 from configs.training.doubts import many_hours
+from configs.translation import phrase
 
 # What TensorBoard shows as curves; the other numbers of a record stand in training_log.json.
 CURVES = {"loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gb"}
@@ -53,10 +55,11 @@ def line(
         "memory": None if memory is None else size(memory),
         "ending": ending,
     }
+    spelled = {name: phrase(part) for name, part in parts.items() if part}
     for least in ("memory", "speed", "rate", "epoch", "eval", "loss"):
-        if width is not None and len(" · ".join(part for part in parts.values() if part)) > width:
-            parts[least] = None
-    return " · ".join(part for part in parts.values() if part)
+        if width is not None and cell_len(" · ".join(spelled.values())) > width:
+            spelled.pop(least, None)
+    return " · ".join(spelled.values())
 
 
 def number(value: float) -> str:

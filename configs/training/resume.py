@@ -19,6 +19,7 @@ from transformers import get_scheduler
 from configs import device, handover, state
 from configs.settings import command, fail, main_process, say
 from configs.training import checkpoints
+from configs.translation import phrase, translated
 from configs.values import as_text
 
 SCRIPTS = {"lora": handover.LORA, "full": handover.FULL}
@@ -183,14 +184,15 @@ def _another_run(settings, now: dict, differing: dict | None, log: dict, sealed:
     if not (sys.stdin and sys.stdin.isatty()) or device.launched():
         listed = "; or ".join(f"{words}: {line}" for words, line in [*ways, aside])
         fail(f"{told} ({'; '.join(what)}). Nothing was changed; {listed}")
-    print(f"\n{told}:")
+    print(f"\n{translated(f'{told}:')}")
     for line in what:
-        print(f"  {line}")
+        print(f"  {phrase(line)}")
     for number, (words, line) in enumerate([*ways, aside], 1):
-        print(f"  {number}  {words}: {line}")
+        print(f"  {number}  {phrase(f'{words}: {line}')}")
+    question = f"Which? (1 to {len(ways) + 1}; q: leave it as it is and quit) "
     while True:
         try:
-            answer = input(f"Which? (1 to {len(ways) + 1}; q: leave it as it is and quit) ").strip().lower()
+            answer = input(translated(question)).strip().lower()
         except EOFError:
             answer = "q"
         if answer in ("q", "quit"):

@@ -26,6 +26,7 @@ from configs.training.memory import Plan
 from configs.training.progress import Progress, replace_theirs
 from configs.training.resume import Start
 from configs.training.trainer import ExactTrainer
+from configs.translation import translated
 from configs.values import read_constants
 
 # --- while it runs
@@ -119,7 +120,7 @@ class RunLog(TrainerCallback, ExportableState):
         self.signal, self.asked = number, now
         words = f"{signal.Signals(number).name}: finishing this step, then saving a checkpoint (again: stop at once)"
         with contextlib.suppress(OSError, ValueError, AttributeError):  # print may be what this has interrupted
-            os.write(sys.stdout.fileno(), f"\n{words}\n".encode() if main_process() else b"")
+            os.write(sys.stdout.fileno(), f"\n{translated(words)}\n".encode() if main_process() else b"")
 
     def on_step_end(self, args, state, control, **kwargs):
         stop = self.signal is not None

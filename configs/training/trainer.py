@@ -28,6 +28,7 @@ from configs.settings import disk_full, fail, say
 from configs.training import checkpoints
 from configs.training.checkpoints import DiskFull
 from configs.training.progress import bars
+from configs.translation import phrase
 
 # --- the rows of a step, and its passes
 
@@ -422,7 +423,9 @@ def token_rows(
     # and without a fingerprint of ours, the library would try to pickle the function
     name = f"{rows._fingerprint}-tokens"
     with bars():
-        encoded = rows.map(encode, remove_columns=texts, keep_in_memory=True, desc="tokenising", new_fingerprint=name)
+        encoded = rows.map(
+            encode, remove_columns=texts, keep_in_memory=True, desc=phrase("tokenising"), new_fingerprint=name
+        )
     fitting = encoded.filter(lambda n: n <= max_length, input_columns="length", keep_in_memory=True)
     dropped = len(encoded) - len(fitting)
     if dropped:
