@@ -97,6 +97,15 @@ def no_leftover_precision():
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
 
+@pytest.fixture(autouse=True)
+def no_leftover_language():
+    """A script that a test runs in this process decides the language of all that is said in it."""
+    from configs import translation
+
+    yield
+    translation.use({})
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A folder with a tiny Phi model and its tokenizer, as phi-2 in everything but size."""

@@ -1,5 +1,6 @@
 """Step 1 on what people bring themselves: their encodings, separators, workbooks, column names and dialogues."""
 
+import contextlib
 import csv
 import datetime
 import io
@@ -7,6 +8,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import openpyxl
@@ -15,6 +17,8 @@ from conftest import ROOT, SCRIPTS, load_script, ok, refused, run, write_rows
 from hub import finance_rows
 from test_prepare_sources import kept, manifest_of, prepare
 
+from configs.evaluation.candidates import load_held_out
+from configs.handover import read_manifest
 from configs.preparation.encoding import NAMES, find_encoding
 from configs.preparation.tables import cell_text
 
@@ -551,3 +555,38 @@ def test_the_report_in_both_languages_says_the_same(tiny, tmp_path):
     given = set(re.findall(r'(?:raise BadRow|yield place, BadRow)\(f?"([^"{]+)"\)', sources))
     given |= set(re.findall(r'changed\["([^"]+)"\]', sources))
     assert len(given) > 15 and given <= set(table()["phrases"])
+
+
+# --- test questions that step 4 refuses
+
+
+def sums(count: int) -> list[dict]:
+    """Questions that differ in their figures alone."""
+    return [
+        {"instruction": f"What is {n} % of {7 * n + 3} dollars?", "output": f"{n} times {n}."} for n in range(count)
+    ]
+
+
+REFUSES = "warning: {} test rows ask one question only (figures aside), so step 4 will refuse to compare models: "
+MIXED = sums(200) + [{"instruction": "Who are you?", "output": f"Nobody, {n} times."} for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    "rows, words, said",
+    [
+        (sums(60), [], REFUSES.format(6) + "add rows with other questions"),
+        (sums(200), ["--dry_run"], REFUSES.format(20) + "add rows with other questions"),
+        (MIXED, ["--seed", "2"], REFUSES.format(21) + "hold out more rows, e.g. --eval_fraction 0.3"),
+        (sums(150) + finance_rows(6), [], "questions (figures aside), which can hardly show a difference"),
+        (finance_rows(60), [], None),
+    ],
+)
+def test_what_step_4_would_refuse_is_said_by_step_1(tiny, tmp_path, rows, words, said):
+    """And step 4 does refuse these data, and no others."""
+    output = ok(prepare(write_rows(tmp_path / "rows.jsonl", rows), tiny, *words))
+    assert said in output if said else "figures aside" not in output, output
+    if "--dry_run" not in words:
+        settings = SimpleNamespace(DATA_DIR=str(tmp_path / "data"), MAX_EVAL_SAMPLES=None)
+        refusal = pytest.raises(SystemExit) if "refuse" in (said or "") else contextlib.nullcontext()
+        with refusal:
+            load_held_out(settings, read_manifest(settings.DATA_DIR))

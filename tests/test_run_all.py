@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SCRIPTS, refused
+from conftest import ROOT, SCRIPTS, ok, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins import BASE_MODEL, SMALL, behave, calls, end, leave, make_folder, run, steps, terminal
@@ -509,3 +509,16 @@ def test_every_preset_fits_all_four_scripts(preset, capsys):
             value = float(value) if isinstance(known[name].default, float) else value
             assert applied[name] == value, name
     assert "error" not in capsys.readouterr().err
+
+
+def test_the_next_command_is_named_where_run_all_does_not_run_it_itself(folder):
+    for name in SCRIPTS[:2]:
+        ending = "\nfrom configs.ending import say_done\nsay_done('8 rows', 'a/b', 'python next.py')\n"
+        (folder / name).write_text((folder / name).read_text("utf-8") + ending, "utf-8")
+    ends = [line for line in ok(run(folder, "--steps", "1,2")).splitlines() if line.startswith("done: ")]
+    assert [re.sub(r"\d+ s", "0 s", line) for line in ends] == [
+        "done: 8 rows; 0 s; look at a/b",
+        "done: 8 rows; 0 s; look at a/b; next: python next.py",
+    ]
+    ends = [line for line in run(folder, "--steps", "2", "--language", "zh").stdout.splitlines() if "完成：8" in line]
+    assert len(ends) == 1 and ends[0].endswith("；请看 a/b；下一步：python next.py")
