@@ -5,7 +5,6 @@ Light: imported before torch, because the libraries read HF_HUB_OFFLINE once, wh
 
 import contextlib
 import difflib
-import http.client
 import json
 import os
 import re
@@ -13,9 +12,6 @@ import shutil
 import sys
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -136,6 +132,9 @@ def probe(endpoint: str) -> str:
     """Ask an address for a sign of life: "" when it answers within six seconds, else the reason why not."""
 
     def ask() -> str:
+        import http.client  # the menu opens before they are needed
+        import urllib.request
+
         try:
             request = urllib.request.Request(endpoint, method="HEAD", headers={"User-Agent": "sft-pipeline"})
             urllib.request.urlopen(request, timeout=5).close()
@@ -256,6 +255,9 @@ def near_name(kind: str, name: str) -> str | None:
     owner, _, last = name.lower().rpartition("/")
 
     def ask() -> list[str]:
+        import urllib.parse
+        import urllib.request
+
         names = []
         for query in ({"search": last}, {"author": owner}) if owner else ({"search": last},):
             with contextlib.suppress(Exception):  # a suggestion is worth no error
