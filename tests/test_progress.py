@@ -335,6 +335,7 @@ def test_a_tracker_that_is_not_installed_is_named(tracker, monkeypatch):
     (problem,) = [text for text in before.problems(settings) if "REPORT_TO" in text]
     assert problem.endswith(f"which is not installed: pip install {tracker}")
     there[tracker] = object()
+    monkeypatch.setenv("SWANLAB_MODE", "local")  # or it would ask for a login
     assert before.problems(settings) == []
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -346,3 +347,44 @@ def test_no_script_prints_more_than_its_last_line_at_the_end():
     for name in SCRIPTS:
         text = (ROOT / name).read_text("utf-8") + Path(ROOT / "configs/training/runlog.py").read_text("utf-8")
         assert "say_done(" in text and 'say(f"done' not in text, name
+
+
+def test_swanlab_without_a_login_is_refused_before_the_model_loads(tmp_path, monkeypatch):
+    """A stand-in package: swanlab is none of our requirements, and would ask its makers' server for the login."""
+    from configs.settings import resolved
+
+    (tmp_path / "swanlab").mkdir()
+    (tmp_path / "swanlab" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("SWANLAB_MODE", "SWANLAB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "stdin", None)
+    settings = resolved(ROOT / LORA, []) | {"REPORT_TO": "swanlab"}
+
+    def told() -> list[str]:
+        return [text for text in before.problems(settings) if "REPORT_TO" in text]
+
+    assert len(told()) == 1 and "swanlab login" in told()[0] and "SWANLAB_MODE=local" in told()[0]
+    monkeypatch.setenv("SWANLAB_MODE", "local")
+    assert told() == []
+    monkeypatch.delenv("SWANLAB_MODE")
+    (tmp_path / ".swanlab").mkdir()
+    (tmp_path / ".swanlab" / ".netrc").write_text("machine api.swanlab.cn")
+    assert told() == []
+
+
+def test_swanlabs_own_callback_takes_the_place_of_the_trainers(tmp_path, monkeypatch):
+    """The Trainer's asks for a run that is not there yet, which swanlab 0.10 answers with an error."""
+    from transformers.integrations import SwanLabCallback
+
+    (tmp_path / "swanlab" / "integration").mkdir(parents=True)
+    for name, text in (("__init__.py", ""), ("integration/__init__.py", "")):
+        (tmp_path / "swanlab" / name).write_text(text)
+    (tmp_path / "swanlab" / "integration" / "transformers.py").write_text("class SwanLabCallback: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    theirs = SwanLabCallback.__new__(SwanLabCallback)
+    assert type(progress_module.ours_for(theirs)).__module__ == "swanlab.integration.transformers"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "swanlab"]:
+        monkeypatch.delitem(sys.modules, name)

@@ -58,6 +58,11 @@ def problems(settings: dict) -> list[str]:
             wrong.append(f"REPORT_TO is {tracker!r}; choose one of: {', '.join(TRACKERS)}")
         elif tracker != "none" and importlib.util.find_spec(tracker) is None:
             wrong.append(f"REPORT_TO is {tracker!r}, which is not installed: pip install {tracker}")
+        elif tracker == "swanlab" and not swanlab_knows_where():
+            wrong.append(
+                "REPORT_TO is 'swanlab', and nobody is logged in to it: run `swanlab login`, or keep its runs on this "
+                "machine: export SWANLAB_MODE=local"
+            )
     if "none" in settings["REPORT_TO"] and settings["REPORT_TO"].strip() != "none":
         wrong.append(f"REPORT_TO is {settings['REPORT_TO']!r}; none stands alone: --report_to none")
     if not (in_file := deepspeed_problems(SimpleNamespace(**settings))):
@@ -120,6 +125,14 @@ def model_config(name: str, revision: str | None, max_length: int, weights: bool
     if max_length > positions:
         fail(f"MAX_LENGTH is {max_length}, but {name} has only {positions} positions: --max_length {positions}")
     return config
+
+
+def swanlab_knows_where() -> bool:
+    """Whether swanlab can begin a run: by SWANLAB_MODE, a key, an earlier login, or by asking at a terminal."""
+    if os.environ.get("SWANLAB_MODE", "online") not in ("online", "cloud") or os.environ.get("SWANLAB_API_KEY"):
+        return True
+    places = [Path(".swanlab/.netrc"), Path("~/.swanlab/.netrc").expanduser(), Path("~/.netrc").expanduser()]
+    return any(place.is_file() for place in places) or bool(sys.stdin and sys.stdin.isatty())
 
 
 # --- processes, the rows

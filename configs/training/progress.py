@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers import trainer as transformers_trainer
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import SwanLabCallback, TensorBoardCallback
 
 from configs import settings
 from configs.device import GB
@@ -235,11 +235,22 @@ def callbacks(options, log) -> list[TrainerCallback]:
     return [log, log.progress] + ([EarlyStoppingCallback(patience)] if patience else [])
 
 
+def ours_for(callback: TrainerCallback) -> TrainerCallback:
+    """What takes the place of one of the Trainer's trackers, or the tracker itself."""
+    if type(callback) is TensorBoardCallback:
+        return Board()
+    if type(callback) is SwanLabCallback:  # it asks for a run that is not there yet, which swanlab 0.10 refuses
+        from swanlab.integration.transformers import SwanLabCallback as OfSwanLab
+
+        return OfSwanLab()
+    return callback
+
+
 def replace_theirs(trainer) -> None:
     """Take away the Trainer's bars and raw records, TensorBoard's noise, and a warning that resume.py has given."""
     handler = trainer.callback_handler
     kept = [cb for cb in handler.callbacks if not isinstance(cb, PrinterCallback | ProgressCallback)]
-    handler.callbacks = [Board() if type(cb) is TensorBoardCallback else cb for cb in kept]
+    handler.callbacks = [ours_for(callback) for callback in kept]
     transformers_trainer.compare_trainer_and_checkpoint_args = lambda *_: None
 
 
