@@ -1005,7 +1005,7 @@ REFUSED = [
     ("evaluate", "resamples", "1999", "from 2000 to 1,000,000: --resamples 10000"),
     ("evaluate", "temperature", "10.5", "from 0 to 10: --temperature 0.0"),
     ("evaluate", "seed", str(2**32 - 10**6), "below 4,000,000,000: --seed 42"),
-    ("evaluate", "report_language", "fr", "choose en or zh: --report_language en"),
+    ("evaluate", "report_language", "fr", "choose auto, en or zh: --report_language auto"),
     ("evaluate", "prompt", "", "must not be empty, or none: --prompt none"),
 ]  # fmt: skip
 
@@ -1224,7 +1224,8 @@ def test_every_package_that_we_import_is_known(monkeypatch):
     from configs.settings import _package
 
     ours = {path.stem for path in REPO.rglob("*.py")} | {"configs"}
-    ours |= {"lm_eval", "submitit"}  # only for BENCHMARKS and SWEEP_EXECUTOR, which name them where they are missing
+    # only for BENCHMARKS, SWEEP_EXECUTOR and REPORT_TO, which name them where they are missing
+    ours |= {"lm_eval", "submitit", "swanlab"}
     for path in [*map(REPO.joinpath, ALL), *REPO.glob("configs/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
