@@ -142,8 +142,8 @@ def test_stay_with_a_base_that_is_not_beaten(script):
     for gains in ({"lora": 0.0, "full": -0.5}, {"lora": -0.3}, {"full": 0.01}):
         found = advice(script, gains, noise=0.5)
         assert (found["choice"], found["reason"]) == ("base", "not beaten"), gains
-        assert said(found)[0].startswith("Stay with base: it is not shown that ")
-        assert said(found, "zh")[0].startswith("请继续用基座：不能证明")
+        assert said(found)[0].startswith("Stay with base: none of the others (")
+        assert said(found, "zh")[0].startswith("请继续用基座：不能证明其他模型（")
 
 
 def test_few_questions_tell_nothing(script):
@@ -162,15 +162,15 @@ def test_a_model_whose_answers_nobody_can_use_is_never_recommended(script, bad):
     assert found["choice"] == "lora" and "Leave out full: nobody can use those answers." in said(found)
     found = advice(script, gains, answers={"full": bad, "lora": bad})
     assert (found["choice"], found["reason"]) == ("base", "no use")
-    assert said(found)[0] == "Stay with base: nobody can use the answers of lora, full."
+    assert said(found)[0] == "Stay with base: nobody can use the answers of lora and full."
     found = advice(script, gains, answers=dict.fromkeys(("base", "lora", "full"), bad))
     assert (found["choice"], found["reason"]) == ("none", "no use")
     assert said(found) == [
-        "Take none of these models: nobody can use the answers of base, lora, full. They need more training, or "
+        "Take none of these models: nobody can use the answers of base, lora and full. They need more training, or "
         "another base model."
     ]
     assert said(found, "zh") == [
-        "这些模型都不要用：基座、LoRA、全量的回答没有用。它们需要更多训练，或者换一个基座模型。"
+        "这些模型都不要用：基座、LoRA 和全量的回答没有用。它们需要更多训练，或者换一个基座模型。"
     ]
     # nor is a useless base, though nothing beats it
     found = advice(script, {"lora": -0.5}, answers={"base": bad})
@@ -204,7 +204,9 @@ def test_further_candidates(script):
     assert advice(script, gains, answers={"mine": BAD})["choice"] == "full"
     # of two, the one that beats the other
     assert advice(script, gains | {"other": 1.6})["choice"] == "other"
-    assert advice(script, gains | {"other": 1.2})["choice"] == "untold"
+    found = advice(script, gains | {"other": 1.2})
+    assert found["choice"] == "untold" and said(found)[0].startswith("mine and other are better than the other models")
+    assert re.match(r"About [\d,]+ test rows", said(found)[1])
     # LoRA's merged weights are LoRA
     assert advice(script, {"lora": 0.5, "full": 0.3, "merged": 0.9})["choice"] == "lora"
 
@@ -418,6 +420,28 @@ def test_a_term_is_marked_once_a_section_and_only_in_text():
     )
     longer = [glossary.Term("interval", ["interval", "95 % interval"], "range")]
     assert glossary.mark("a 95 % interval", longer) == 'a <abbr title="range">95 % interval</abbr>'
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_sweeps_report_warns_and_explains_in_the_same_words(tmp_path, language):
+    from test_sweep import made_up as made_up_sweep
+
+    from configs.comparison import report, results
+
+    found = results.analyse(*made_up_sweep(spread=0.002, gap=0.1), 2000, 0.95)
+    heavy = forgot([*found["comparisons"], *found["forgetting"]])
+    assert set(heavy) == {"lora", "full"}
+    lines = [load_words(language)["do_forgot"].format(name=name, **much) for name, much in heavy.items()]
+    report.write(found, tmp_path, language)
+    text, page = ((tmp_path / f"sweep_report.{end}").read_text("utf-8") for end in ("md", "html"))
+    for line in lines:
+        assert line in report.summary(found, language) and line in text.splitlines()
+    # what is better, and by how much, is said in the words of the evaluation's report
+    start = load_words(language)["do_better"].split("{difference")[0]
+    wanted = start.format(a="full", b="lora").rstrip()
+    assert f"**{wanted}" in text
+    assert '<abbr title="' in page and f"<h2>{load_words(language)['glossary']}</h2>" in page
+    assert all(f"- **{term.name}**: {term.meaning}" in text for term in glossary.load(language))
 
 
 # --- a real run

@@ -199,12 +199,20 @@ def among(
     if len(better) > 1:  # the one that beats the others, too
         best = [name for name in better if all(beats(compared, name, other) for other in better if other != name)]
         if not best:
-            return "untold", "undecided", [("do_candidates", {"names": better}), seeds()]
+            return "untold", "undecided", undecided_candidates(results, compared, better)
         better = best
     if better or len(pair) == 1:
         (choice,) = better or pair
         return choice, "better", [difference("do_better", choice, pair[-1] if better and pair else "base", compared)]
     return between(results, compared, kept, cheap)
+
+
+def undecided_candidates(results: dict, compared: dict, names: list[str]) -> list[Note]:
+    """Several further candidates are better than all others; more rows may tell which of the two best ones is best."""
+    a, b = sorted(names, key=lambda name: compared[name, "base"]["difference"])[:2]
+    known = compared.get((a, b)) or compared.get((b, a))
+    more = needed(known, abs(known["difference"]), results["data"]["test_rows"]) if known else None
+    return [("do_candidates", {"names": names}), *([more] if more else [])]
 
 
 def between(results: dict, compared: dict, kept: dict, cheap: str | None) -> tuple[str, str, list[Note]]:
@@ -308,10 +316,9 @@ def say(key: str, values: dict, words: dict, escape: Callable[[str], str]) -> st
     for field in {"a", "b", "name"} & set(values):
         filled[field] = name_of(values[field])
     if "names" in values:
-        filled["names"] = words["comma"].join(map(name_of, values["names"]))
+        filled["names"] = listed(list(map(name_of, values["names"])), words["comma"], words["last"])
     if "things" in values:
-        *first, last = (words[thing] for thing in values["things"])
-        filled["things"] = words["or"].join([words["comma"].join(first), last] if first else [last])
+        filled["things"] = listed([words[thing] for thing in values["things"]], words["comma"], words["or"])
     if "reasons" in values:
         reasons = (words[f"note_{reason}"].format_map(of) for reason, of in values["reasons"])
         filled["reasons"] = words["and"].join(map(escape, reasons))
@@ -322,6 +329,12 @@ def say(key: str, values: dict, words: dict, escape: Callable[[str], str]) -> st
         prices, rate = values["prices"], values["rate"]
         filled["costs"] = words["and"].join(f"{name_of(n)} {spent(c, prices.get(n), rate, words)}" for n, c in costs)
     return joined(words[key].format_map(filled))
+
+
+def listed(names: list[str], comma: str, last: str) -> str:
+    """Names one after the other, with `last` before the last one."""
+    *first, end = names
+    return f"{comma.join(first)}{last}{end}" if first else end
 
 
 def joined(text: str) -> str:
