@@ -53,11 +53,15 @@ EMBEDDING_MODEL: str | None = None  # sentence-transformers model, e.g. BAAI/bge
 # Tasks of lm-evaluation-harness, e.g. arc_easy,gsm8k, or a folder with tasks of your own: pip install lm_eval
 BENCHMARKS: list[str] | None = None  # further tasks to compare the models on, with commas between them; none: no task
 BENCHMARK_SAMPLES: Annotated[int | None, "x >= 1"] = None  # only so many items of each task; none: all
-JUDGE: str | None = None  # openai:<base_url>#<model> or reward:<model>; none: helpfulness is estimated by a proxy
+JUDGE: str | None = None  # openai:<base_url>#<model> or reward:<model>; none: helpfulness is not measured
 
 # --- statistics
 RESAMPLES: Annotated[int, "2000 <= x <= 1_000_000"] = 10000  # bootstrap samples of an interval, sign flips of a test
 SEED: Annotated[int, "0 <= x < 4_000_000_000"] = 42  # for the resampling, and for answers with a temperature
+
+# --- the recommendation
+MARGIN: Annotated[float, "0 < x < 1"] = 0.95  # LoRA is good enough where it keeps this share of full's gain
+PRICE_PER_HOUR: Annotated[float | None, "x > 0"] = None  # what an hour of the training machine costs; none: no prices
 
 # --- output
 REPORT_DIR = "outputs"  # folder for the results, the report and its plots
@@ -91,6 +95,7 @@ from configs.evaluation.candidates import (
 )
 from configs.evaluation.fairness import fairness, rounding
 from configs.evaluation.judge import RewardJudge, ServerJudge, judge_problems, judged
+from configs.evaluation.recommendation import forgot, recommend, told
 from configs.evaluation.report import (
     Note,
     as_text,
@@ -118,8 +123,8 @@ class Metric(NamedTuple):
     """A metric: which direction is better, in which unit, on which rows, and the function that computes it.
 
     On test prompts, the function takes any of answers, references, questions, stopped (and embed) as columns of one
-    length and returns one number a prompt. On test rows and general text, the metric is the nll that was scored, and
-    the function only sums it up for one model.
+    length and returns one number a prompt; None stands for a judge's verdicts. On test rows and general text, the
+    metric is the nll that was scored, and the function only sums it up for one model.
 
     To add a metric over test prompts, write its function in configs/evaluation/metrics.py, give it a line in METRICS,
     and name it in configs/evaluation/templates/en.yaml and zh.yaml. It then stands in evaluation_results.json and in
@@ -130,7 +135,7 @@ class Metric(NamedTuple):
     better: Literal["lower", "higher"]
     unit: str
     on: Literal["test rows", "test prompts", "general text"]
-    function: Callable
+    function: Callable | None
 
 
 METRICS = {
@@ -138,8 +143,9 @@ METRICS = {
     "answer_quality": Metric("higher", "0 to 1", "test prompts", metrics.answer_quality),
     "style_match": Metric("higher", "0 to 1", "test prompts", metrics.style_match),
     "embedding_similarity": Metric("higher", "-1 to 1", "test prompts", metrics.embedding_similarity),
-    # a judge's verdicts against the reference take the proxy's place
-    "helpfulness": Metric("higher", "0 to 1", "test prompts", metrics.helpfulness_proxy),
+    "well_formed": Metric("higher", "0 to 1", "test prompts", metrics.well_formed),
+    # a judge's verdicts against the reference; without a judge there is none
+    "helpfulness": Metric("higher", "win rate, 0 to 1", "test prompts", None),
     "forgetting": Metric("lower", "nats per token", "general text", metrics.likelihood),
 }
 # A pair is (a, b), and a difference is a - b. Each list is a family of its own for Holm's correction.
@@ -307,15 +313,15 @@ def rows_of(name: str, measured: Measured, held_out: HeldOut) -> Rows | None:
     if metric.on == "general text":
         text = measured.general
         return Rows(text["nll"], text["tokens"], blocks(len(text["nll"]))) if text else None
+    if metric.function is None:
+        values = measured.verdicts
+        return None if values is None else Rows(np.array(values, float), np.ones(len(values)), held_out.prompt_groups)
     columns = inspect.signature(metric.function).parameters
     if measured.answers is None or ("embed" in columns and held_out.embed is None):
         return None
-    if name == "helpfulness" and measured.verdicts is not None:
-        values = measured.verdicts
-    else:
-        known = {"answers": measured.texts, "references": held_out.references, "questions": held_out.questions}
-        known |= {"stopped": measured.stopped, "embed": held_out.embed}
-        values = RowMetric(metric.function).compute(**{column: known[column] for column in columns})["rows"]
+    known = {"answers": measured.texts, "references": held_out.references, "questions": held_out.questions}
+    known |= {"stopped": measured.stopped, "embed": held_out.embed}
+    values = RowMetric(metric.function).compute(**{column: known[column] for column in columns})["rows"]
     return Rows(np.array(values, float), np.ones(len(values)), held_out.prompt_groups)
 
 
@@ -339,15 +345,13 @@ def describe(settings, candidate: Candidate, measured: Measured, held_out: HeldO
     if measured.answers is None:
         return described
     on_prompts = [name for name, metric in METRICS.items() if metric.on == "test prompts"]
-    described |= {name: rows.mean for name, rows in by_metric.items() if name in on_prompts}
+    described |= {"helpfulness": None} | {name: rows.mean for name, rows in by_metric.items() if name in on_prompts}
     described["benchmarks"] = {name: by_metric[name].mean for name in measured.tasks}
     texts, references = measured.texts, held_out.references
-    proxy = metrics.helpfulness_proxy(texts, held_out.questions, measured.stopped)
     described["answers"] = {
         "n": len(texts),
         "rouge_l": float(np.mean(metrics.rouge_l(texts, references))),
         "chrf": float(np.mean(metrics.chrf(texts, references))),
-        "helpfulness_proxy": float(np.mean(proxy)),
         "stopped": float(np.mean(measured.stopped)),
         "repetitive": float(np.mean([metrics.repetitive(text) for text in texts])),
         "empty": float(np.mean([not text for text in texts])),
@@ -376,7 +380,8 @@ def compare_all(settings, by_model: dict[str, dict[str, Rows]]) -> list[dict]:
     """
     comparisons, known = [], {label for pair in PAIRS + PAIRS_4BIT for label in pair}
     families = [PAIRS, PAIRS_4BIT]
-    families += [[(label, b) for b in ("base", "lora", "full")] for label in by_model if label not in known]
+    others = [label for label in by_model if label not in known]
+    families += [[(a, b) for b in ("base", "lora", "full", *others[:n])] for n, a in enumerate(others)]
     for metric in dict.fromkeys([*METRICS, *(name for found in by_model.values() for name in found)]):
         for family in families:
             pairs = [pair for pair in family if all(metric in by_model.get(label, {}) for label in pair)]
@@ -520,6 +525,7 @@ def main() -> None:
         comparisons = compare_all(settings, by_model)
         warnings = notes + reasons + fairness(logs, len(held_out.rows), settings, cut, questions, prompts)
         warnings += rounding(device.scoring_precision(settings.PRECISION), comparisons)
+        warnings += [("forgot", {"name": name, **much}) for name, much in forgot(comparisons).items()]
         if opinion and opinion["withheld"]:
             warnings.append(opinion["withheld"])
 
@@ -538,17 +544,19 @@ def main() -> None:
             "unsound": reasons,
         }
         english = load_words("en")
+        advice = recommend(results, by_model, settings.MARGIN, settings.PRICE_PER_HOUR)
+        results["recommendation"] = advice | {"sentences": told(advice, english)}
         results["verdict"] = verdict(results, PAIRS, english)
         results["warnings"] = [sentence(note, english) for note in warnings]
         write_all(settings, results, warnings, candidates, measured, held_out)
     folder = Path(settings.REPORT_DIR)
-    say(f"\n{summary_table(results, words)}\n\n{verdict(results, PAIRS, words)}\n")
+    lines = told(advice, words)
+    say("\n\n".join(["", summary_table(results, words), "\n".join(lines), verdict(results, PAIRS, words), ""]))
     for note in warnings:
         say(f"{words['warning']}: {sentence(note, words)}")
     files = ["evaluation_report.html (.md)", "evaluation_results.json", "plots/"]
-    perplexities = [f"{words.get(label, label)} {model['perplexity']:,.2f}" for label, model in described.items()]
     say_done(
-        f"{words['perplexity']}: {', '.join(perplexities)}",
+        lines[0].rstrip(".。"),
         f"{', '.join(f'{folder}/{name}' for name in files)}; {words['tensorboard']}: tensorboard --logdir ./outputs/",
         command(__file__, "--prompt", words["your_question"]),
     )

@@ -26,7 +26,7 @@ from configs.evaluation.report import load_words, sentence, summary_table, verdi
 from configs.preparation.reading import general_text
 from configs.values import read_constants
 
-METRICS = ["nll_per_token", "answer_quality", "style_match", "helpfulness"]
+METRICS = ["nll_per_token", "answer_quality", "style_match", "well_formed"]
 MODEL_KEYS = {*METRICS, "perplexity", "bits_per_byte", "scored_tokens", "forgetting", "cost"}
 PAIRS = [("lora", "base"), ("full", "base"), ("full", "lora")]
 PAIRS_4BIT = [("base_4bit", "base"), ("lora", "base_4bit")]
@@ -216,8 +216,8 @@ def style(answer: str, reference: str) -> float:
     return value
 
 
-def helpful(question: str, answer: str, stopped: bool) -> float:
-    (value,) = metrics.helpfulness_proxy([answer], [question], [stopped])
+def well_formed(question: str, answer: str, stopped: bool) -> float:
+    (value,) = metrics.well_formed([answer], [question], [stopped])
     return value
 
 
@@ -292,21 +292,22 @@ def test_each_part_of_the_style_counts():
         assert style(base, other) < 0.95, other
 
 
-def test_helpfulness_has_five_parts_that_each_count():
+def test_what_is_well_formed_has_five_parts_that_each_count():
     question, good = "How do bonds protect savings?", "Bonds protect your savings by paying a fixed interest."
     again = "bonds protect savings " * 20
-    assert helpful(question, good, True) == 1
-    assert helpful(question, good, False) == pytest.approx(0.8)
-    assert helpful(question, again, True) == pytest.approx(0.8)
-    assert helpful(question, "Nobody ever knows.", True) == pytest.approx(0.8)
+    assert well_formed(question, good, True) == 1
+    assert well_formed(question, good, False) == pytest.approx(0.8)
+    assert well_formed(question, again, True) == pytest.approx(0.2)
+    assert well_formed(question, again, False) == 0
+    assert well_formed(question, "Nobody ever knows.", True) == pytest.approx(0.8)
     # one of three content words, where half of them would be enough: 2/3 of this part
-    assert helpful(question, "Buy bonds now.", True) == pytest.approx((4 + 2 / 3) / 5)
-    assert helpful("债券如何保护储蓄?", "Buy now and hold.", True) == pytest.approx(0.6)
-    assert helpful("债券如何保护储蓄?", "债券保护您的储蓄。", True) == 1
-    assert helpful(question, " \n", True) == pytest.approx(0.2)
-    assert helpful(question, "", False) == 0
+    assert well_formed(question, "Buy bonds now.", True) == pytest.approx((4 + 2 / 3) / 5)
+    assert well_formed("债券如何保护储蓄?", "Buy now and hold.", True) == pytest.approx(0.6)
+    assert well_formed("债券如何保护储蓄?", "债券保护您的储蓄。", True) == 1
+    assert well_formed(question, " \n", True) == pytest.approx(0.2)
+    assert well_formed(question, "", False) == 0
     for asked, text, stopped in itertools.product(TEXTS, TEXTS, (True, False)):
-        assert 0 <= helpful(asked, text, stopped) <= 1
+        assert 0 <= well_formed(asked, text, stopped) <= 1
 
 
 def test_repetitive():
@@ -318,6 +319,11 @@ def test_repetitive():
     half = " ".join(f"word{n}" for n in range(30))
     assert not metrics.repetitive(f"{half} {half}")  # one repetition is emphasis
     assert metrics.repetitive(f"{half} {half} {half}")
+    # what has no words repeats itself by its signs
+    assert metrics.repetitive("\ufffd" * 160) and metrics.repetitive("|---" * 40) and metrics.repetitive("ha" * 60)
+    assert not metrics.repetitive("\ufffd" * 20) and not metrics.repetitive(
+        "https://example.org/a/page/of/a/book/on/saving.html"
+    )
 
 
 # --- statistics
@@ -797,7 +803,7 @@ def test_the_files_are_these_and_no_others(evaluated):
 
 def test_the_results_have_the_agreed_keys(results):
     agreed = {"environment", "settings", "data", "models", "comparisons", "warnings"}
-    assert set(results) == agreed | {"judge", "unsound", "verdict", "metrics"}
+    assert set(results) == agreed | {"judge", "unsound", "verdict", "metrics", "recommendation"}
     assert results["judge"] is None and results["unsound"] == []
     assert list(results["models"]) == ["base", "lora", "full"]
     for name, model in results["models"].items():
@@ -807,6 +813,7 @@ def test_the_results_have_the_agreed_keys(results):
         assert set(model["perplexity_by_prompt"]) == ({"chat", "plain"} if name == "base" else {"chat"})
         assert model["perplexity"] == min(model["perplexity_by_prompt"].values())
         assert all(0 <= model[key] <= 1 for key in METRICS[1:])
+        assert model["helpfulness"] is None  # until a judge has spoken
     # over 4 bits: the base in the same precision stands beside LoRA
     likelihood = [*PAIRS, *PAIRS_4BIT]
     assert [(c["metric"], c["a"], c["b"]) for c in results["comparisons"]] == [
@@ -911,13 +918,12 @@ def test_the_examples_add_up_to_the_results(results, records):
         assert model["bits_per_byte"] == pytest.approx(nll / math.log(2) / sum(row["bytes"] for row in rows))
         texts, references = [r["answer"] for r in asked], [r["reference"] for r in asked]
         quality, form = metrics.answer_quality(texts, references), metrics.style_match(texts, references)
-        useful = [helpful(r["prompt"][-1]["content"], r["answer"], r["stopped"]) for r in asked]
-        for key, values in (("answer_quality", quality), ("style_match", form), ("helpfulness", useful)):
+        whole = [well_formed(r["prompt"][-1]["content"], r["answer"], r["stopped"]) for r in asked]
+        for key, values in (("answer_quality", quality), ("style_match", form), ("well_formed", whole)):
             assert model[key] == pytest.approx(np.mean(values)), key
         for key, values in (
             ("rouge_l", metrics.rouge_l(texts, references)),
             ("chrf", metrics.chrf(texts, references)),
-            ("helpfulness_proxy", useful),
             ("stopped", [r["stopped"] for r in asked]),
             ("repetitive", list(map(metrics.repetitive, texts))),
             ("empty", [text == "" for text in texts]),
@@ -1002,16 +1008,16 @@ def test_the_page_holds_everything_itself(evaluated):
     assert "@import" not in page and "url(" not in page
 
 
-def test_helpfulness_is_called_a_proxy_wherever_it_is_shown(evaluated):
+def test_nobody_is_told_of_helpfulness_before_a_judge_has_spoken(evaluated):
     folder, printed = evaluated
-    shown = [line for line in printed.splitlines() if "helpful" in line.lower()]
-    assert len(shown) == 1 and "helpfulness (proxy, not judged; 0 to 1)" in shown[0]
-    assert len(shown[0].split(")")[1].split()) == 3
+    assert "helpful" not in printed.lower()
+    shown = [line for line in printed.splitlines() if line.startswith("well-formed answers (0 to 1)")]
+    assert len(shown) == 1 and len(shown[0].split(")")[1].split()) == 3
     report = (folder / "outputs/evaluation_report.md").read_text("utf-8")
     lines = [line for line in report.splitlines() if "helpful" in line.lower()]
-    assert len(lines) == 1 + 3 + 1  # the table, three comparisons, the explanation
-    assert "helpfulness (proxy, not judged" in lines[0]
-    assert [line for line in lines if "proxy" not in line] == []
+    assert lines[0].split("|")[1:5] == [" helpfulness ", *[" not measured "] * 3]
+    assert len(lines) == 2 and "no judge was set" in lines[1]
+    assert len([line for line in report.splitlines() if line.startswith("| well-formed")]) == 1 + 3
 
 
 def test_the_report_and_the_table_show_the_results(evaluated, results):

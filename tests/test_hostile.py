@@ -367,7 +367,14 @@ def results_of(**changes: object) -> dict:
     """What step 4 found, as small as the report takes it."""
     answers = {"stopped": 1.0, "repetitive": 0.0, "empty": 0.0}
     model = {"perplexity": 2.0, "nll_per_token": 0.7, "nll_ci95": [0.6, 0.8], "bits_per_byte": 1.0}
-    model |= {"answer_quality": 0.5, "style_match": 0.5, "helpfulness": 0.5, "answers": answers, "forgetting": None}
+    model |= {
+        "answer_quality": 0.5,
+        "style_match": 0.5,
+        "well_formed": 0.5,
+        "helpfulness": None,
+        "answers": answers,
+        "forgetting": None,
+    }
     model |= {"cost": None, "prompt": "chat", "perplexity_by_prompt": {"chat": 2.0, "plain": 3.0}}
     packages = {"torch": "2", "transformers": "5"}
     return {

@@ -488,8 +488,8 @@ def test_helpfulness_is_the_judges_where_one_was_asked(judged_run):
     for name, model in results["models"].items():
         assert model["helpfulness"] == judge["against_reference"][name]["win_rate"]
     full = results["models"]["full"]
-    assert full["helpfulness"] == 0 < full["answers"]["helpfulness_proxy"]
-    assert "helpfulness (judged, win rate against the reference)" in out and "proxy" not in out
+    assert full["helpfulness"] == 0 < full["well_formed"]
+    assert "helpfulness (judged, win rate against the reference)" in out
     report = (folder / "outputs/evaluation_report.md").read_text("utf-8")
     assert "## Judge" in report and "not judged" not in report and "<b>judge" not in report
     assert "wise&#124;&#60;b&#62;judge" in report
@@ -500,7 +500,7 @@ def test_helpfulness_is_the_judges_where_one_was_asked(judged_run):
 
 
 @pytest.mark.slow
-def test_a_judge_that_fails_leaves_the_proxy(trained, tiny, tmp_path):
+def test_a_judge_that_fails_leaves_helpfulness_empty(trained, tiny, tmp_path):
     folder = work(trained, tmp_path)
     with Server(first_slot) as server:
         flags = ["--model_name", tiny, *FLAGS, "--judge", f"openai:{server.url}#m", "--report_language", "zh"]
@@ -508,10 +508,10 @@ def test_a_judge_that_fails_leaves_the_proxy(trained, tiny, tmp_path):
     results = json.loads((folder / "outputs/evaluation_results.json").read_text("utf-8"))
     assert results["judge"]["withheld"] and results["judge"]["against_reference"] == {}
     for model in results["models"].values():
-        assert model["helpfulness"] == model["answers"]["helpfulness_proxy"]
+        assert model["helpfulness"] is None and 0 <= model["well_formed"] <= 1
     assert [w for w in results["warnings"] if "failed a control" in w] and "没有通过对照" in out
     report = (folder / "outputs/evaluation_report.md").read_text("utf-8")
-    assert "不采用评判的结论" in report and "代理指标" in report
+    assert "不采用评判的结论" in report and "| 有用性 | 未测量 | 未测量 | 未测量 |" in report
 
 
 def test_a_judge_that_cannot_be_asked_is_refused_at_once(trained, tiny, tmp_path):

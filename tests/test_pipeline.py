@@ -164,9 +164,9 @@ def test_the_evaluation_leaves_its_artefacts(pipeline):
     results = read(folder / "evaluation_results.json")
     assert list(results["models"]) == ["base", "lora", "full"]
     assert {"environment", "settings", "data", "comparisons", "warnings"} <= results.keys()
-    agreed = "perplexity nll_per_token bits_per_byte scored_tokens answer_quality style_match helpfulness".split()
+    agreed = "perplexity nll_per_token bits_per_byte scored_tokens answer_quality style_match well_formed".split()
     for model in results["models"].values():
-        assert {*agreed, "forgetting", "cost"} <= model.keys()
+        assert {*agreed, "helpfulness", "forgetting", "cost"} <= model.keys()
     pairs = {(c["a"], c["b"]) for c in results["comparisons"]}
     with_4bit = {("base_4bit", "base"), ("lora", "base_4bit")}
     assert pairs == {("lora", "base"), ("full", "base"), ("full", "lora"), *with_4bit}

@@ -124,7 +124,8 @@ def test_agents_are_told_of_the_states_and_keys_that_there_are():
     for row, source in zip(rows, sources.values(), strict=True):
         for key in re.findall(r"`([a-z_.]+)`", row.partition(":")[2]):
             for part in key.split("."):
-                assert f'"{part}"' in source + text("configs/evaluation/statistics.py"), key
+                evaluation = map(text, ("configs/evaluation/statistics.py", "configs/evaluation/recommendation.py"))
+                assert f'"{part}"' in "".join([source, *evaluation]), key
     codes = re.search(r"^Exit codes: .*$", page, re.MULTILINE)[0]
     in_readme = re.findall(r"^\| ([\d]+)(?: or (\d+))? \|", text("README.md"), re.MULTILINE)
     assert {code for pair in in_readme for code in pair if code} == set(re.findall(r"\b\d+\b", codes))

@@ -27,7 +27,7 @@ from configs.values import Constant
 from configs.words import TEXTS
 
 RUN_ALL_ONLY = {"PRESET", "STEPS", "YES", "DEMO", "SWEEP", "SELECTION_SEEDS", "SEEDS"}
-RUN_ALL_ONLY |= {"SELECTION_FRACTION", "MARGIN", "SWEEP_DIR"}
+RUN_ALL_ONLY |= {"SELECTION_FRACTION", "SWEEP_DIR"}
 # a model of which the menu knows that it takes seconds
 TOY = ("--model_name", "outputs/demo_base_model")
 

@@ -580,7 +580,7 @@ def test_metrics_are_metrics_of_evaluate():
         (metrics.rouge_l, texts),
         (metrics.chrf, texts),
         (metrics.style_match, texts),
-        (metrics.helpfulness_proxy, asked),
+        (metrics.well_formed, asked),
         (metrics.embedding_similarity, texts | {"embed": embed}),
     ):
         metric = scoring.RowMetric(function)
@@ -589,7 +589,7 @@ def test_metrics_are_metrics_of_evaluate():
         assert rows == function(**columns) and len(rows) == 3 and rows[0] != rows[1], function.__name__
         with pytest.raises(ValueError):  # columns of different lengths
             function(**columns | {"answers": answers[:2]})
-    for function in (metrics.answer_quality, metrics.style_match, metrics.helpfulness_proxy, metrics.likelihood):
+    for function in (metrics.answer_quality, metrics.style_match, metrics.well_formed, metrics.likelihood):
         assert len(function.__doc__) > 30
     assert isinstance(scoring.RowMetric(metrics.likelihood), evaluate.Metric)
 

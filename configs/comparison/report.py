@@ -10,7 +10,8 @@ from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
 
 from configs import handover
 from configs.device import size
-from configs.evaluation import statistics
+from configs.evaluation import glossary, statistics
+from configs.evaluation.recommendation import forgot
 from configs.evaluation.report import TEMPLATES as PAGES
 from configs.evaluation.report import cell, load_words
 from configs.state import spell
@@ -84,6 +85,12 @@ def advice_on(comparison: dict, results: dict, w: dict) -> str:
     if standing in ("equivalent", "good enough", "worse within the margin"):
         return w[f"advice_{STANDINGS.get(standing, standing)}"].format(**values)
     return w["advice_undecided"].format(**values, needed=ways(comparison, results, w))
+
+
+def forgot_lines(results: dict, language: str) -> list[str]:
+    """A sentence for each arm that has forgotten much, in the words of the evaluation's report."""
+    words, heavy = load_words(language), forgot([*results["comparisons"], *results["forgetting"]])
+    return [words["do_forgot"].format(name=name, **much) for name, much in heavy.items()]
 
 
 def cheaper(results: dict, a: str, b: str, w: dict) -> str:
@@ -163,7 +170,8 @@ def ratios(results: dict, w: dict) -> list[str]:
 def summary(results: dict, language: str) -> str:
     """What is printed at the end."""
     w = words_of(language)
-    lines = [overall(results, w), *advice(results, w), *share_lines(results, w), *ratios(results, w)]
+    lines = [overall(results, w), *advice(results, w), *forgot_lines(results, language)]
+    lines += [*share_lines(results, w), *ratios(results, w)]
     return "\n".join(line for line in lines if line)
 
 
@@ -259,12 +267,16 @@ def write(results: dict, folder: Path, language: str) -> None:
     seeds = sorted(
         {sum(r["arm"] == a and r["phase"] == "seeds" for r in results["runs"].values()) for a in results["arms"]}
     )
+    terms = glossary.load(language)
     text = templates.get_template("sweep_report.md.jinja").render(
         results,
         w=w,
         title=title,
         overall=overall(results, w),
         advice=advice(results, w),
+        forgot=forgot_lines(results, language),
+        glossary=terms,
+        glossary_title=load_words(language)["glossary"],
         arm_rows=arm_rows(results, w),
         ratios=ratios(results, w),
         share_lines=share_lines(results, w),
@@ -272,7 +284,7 @@ def write(results: dict, folder: Path, language: str) -> None:
         seeds=max(seeds),
     )
     handover.write_text(folder / "sweep_report.md", text)
-    html = markdown.markdown(text, extensions=["tables"])
+    html = glossary.mark(markdown.markdown(text, extensions=["tables"]), terms, (load_words(language)["glossary"],))
     for image in images:
         data = base64.b64encode((folder / "plots" / image).read_bytes()).decode()
         html = html.replace(f'src="plots/{image}"', f'src="data:image/png;base64,{data}"')

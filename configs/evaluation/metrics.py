@@ -102,23 +102,24 @@ def embedding_similarity(answers: list[str], references: list[str], embed: Calla
     return rows.tolist()
 
 
-def helpfulness_proxy(answers: list[str], questions: list[str], stopped: list[bool]) -> list[float]:
-    """A stand-in for a judge, in [0, 1] a row: the share of five things that a helpful answer does.
+def well_formed(answers: list[str], questions: list[str], stopped: list[bool]) -> list[float]:
+    """How well-formed an answer is, in [0, 1] a row: the share of five things, none of which is what it says.
 
     It ends by itself (`stopped`), is not empty, does not repeat itself, is in the question's script (Latin, Chinese,
-    ...), and takes up the question's content words (at most half of them being asked for). It does not judge truth.
+    ...), and takes up the question's content words (at most half of them being asked for). An answer that is empty or
+    repeats itself says nothing, whatever words it takes up: only its end counts. Truth and help are not judged.
     """
-    return [_helpful(*row) for row in zip(questions, answers, stopped, strict=True)]
+    return [_form_of_one(*row) for row in zip(questions, answers, stopped, strict=True)]
 
 
-def _helpful(question: str, text: str, stopped: bool) -> float:
-    """helpfulness_proxy of one answer."""
+def _form_of_one(question: str, text: str, stopped: bool) -> float:
+    """well_formed of one answer."""
+    if not text.strip() or repetitive(text):
+        return 0.2 * stopped
     said = set(Words().tokenize(text))
     asked = {w for w in Words().tokenize(question) if w not in FUNCTION_WORDS and (len(w) > 3 or not w.isascii())}
     taken_up = min(2 * len(asked & said) / len(asked), 1.0) if asked else 1.0
-    if not text.strip():
-        return 0.2 * stopped
-    return (stopped + 1 + (not repetitive(text)) + (_script(text) == _script(question)) + taken_up) / 5
+    return (stopped + 2 + (_script(text) == _script(question)) + taken_up) / 5
 
 
 def useless(answers: list[str], questions: list[str], references: list[str], stopped: list[bool]) -> list[bool]:
@@ -152,9 +153,14 @@ def _script(text: str) -> str:
 
 
 def repetitive(text: str) -> bool:
-    """True when fewer than half of the word 4-grams are different ones."""
-    words = Words().tokenize(text)
+    """True when fewer than half of the word 4-grams are different ones; of a text of hardly any words, letter 4-grams.
+
+    The latter are signs that are no words, and one word without an end.
+    """
+    words, letters = Words().tokenize(text), "".join(text.split())
     grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    if len(grams) < 8 and len(letters) >= 40:
+        grams = [letters[i : i + 4] for i in range(len(letters) - 3)]
     return len(grams) >= 8 and len(set(grams)) < len(grams) / 2
 
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import handover
+from configs.evaluation import glossary
+from configs.evaluation.recommendation import joined, no_use, told
 from configs.evaluation.statistics import shows
 from configs.settings import command, say
 from configs.text import cell
@@ -60,20 +62,21 @@ def verdict(results: dict, pairs: list[tuple[str, str]], words: dict) -> str:
 def of_no_use(results: dict, pairs: list[tuple[str, str]], words: dict) -> list[str]:
     """What must be said before any winner is named: which trained models give answers that nobody can use.
 
-    Of the models of `pairs` but the base: most answers are of no use (metrics.useless), or they are not shown to be
-    any nearer to their references than to those of other questions (metrics.nearer).
+    Of the models of `pairs` but the base; what makes answers useless is said in recommendation.no_use.
     """
     said = []
     for name, model in results.get("models", {}).items():
         answers = model.get("answers") or {}
         if name == "base" or not any(name in pair for pair in pairs):
             continue
-        if answers.get("useless", 0) > 0.5:
-            said.append(words["verdict_useless"].format(name=words[name], share=answers["useless"]))
-        elif (found := answers.get("nearer")) and found["ci95"][0] <= 0:
+        why = no_use(model)
+        if why == "useless":
+            said.append(joined(words["verdict_useless"].format(name=words[name], share=answers["useless"])))
+        elif why == "not_nearer":
+            found = answers["nearer"]
             low, high = found["ci95"]
             values = {"name": words[name], "difference": found["difference"], "low": low, "high": high}
-            said.append(words["verdict_not_nearer"].format(**values))
+            said.append(joined(words["verdict_not_nearer"].format(**values)))
     return said
 
 
@@ -209,9 +212,13 @@ def write_report(results: dict, examples: list[dict], images: list[str], folder:
     templates.filters["p"] = p_text
     templates.filters["say"] = lambda note: sentence(note, words)
     templates.globals.update(w=words, shows=shows, language=language, sweep=command("run_all.py", "--sweep"))
-    text = templates.get_template("report.md.jinja").render(results, examples=examples, images=images)
+    advice = told(results["recommendation"], words, cell) if "recommendation" in results else []
+    terms, apart = glossary.load(language), (words["answers"], words["settings"], words["glossary"])
+    text = templates.get_template("report.md.jinja").render(
+        results, examples=examples, images=images, advice=advice, glossary=terms
+    )
     handover.write_text(folder / "evaluation_report.md", text)
-    html = markdown.markdown(text, extensions=["tables"])
+    html = glossary.mark(markdown.markdown(text, extensions=["tables"]), terms, apart)
     for image in images:
         data = base64.b64encode((folder / "plots" / image).read_bytes()).decode()
         html = html.replace(f'src="plots/{image}"', f'src="data:image/png;base64,{data}"')
@@ -286,14 +293,13 @@ def summary_table(results: dict, words: dict) -> str:
     grid.add_column("")
     for name in models:
         grid.add_column(words.get(name, name), justify="right", no_wrap=True)
-    is_judged = results["judge"] and not results["judge"]["withheld"]
-    helpful = words["helpfulness_judge"] if is_judged else words["helpfulness_proxy"]
     lines = [("perplexity", "perplexity", ".2f"), ("bits_per_byte", "bits_per_byte", ".3f")]
-    lines += [("answer_quality", "answer_quality", ".3f"), ("style_match", "style_match", ".3f")]
+    lines += [(key, key, ".3f") for key in ("answer_quality", "style_match", "well_formed")]
     if "embedding_similarity" in models["base"]:
         lines += [("embedding_similarity", "embedding_similarity", ".3f")]
     for label, key, form in lines:
         grid.add_row(words[label], *(f"{m[key]:{form}}" for m in models.values()))
-    grid.add_row(helpful, *(f"{m['helpfulness']:.3f}" for m in models.values()))
+    if all(m["helpfulness"] is not None for m in models.values()):
+        grid.add_row(words["helpfulness_judge"], *(f"{m['helpfulness']:.3f}" for m in models.values()))
     grid.add_row(words["stopped"], *(f"{m['answers']['stopped']:.0%}" for m in models.values()))
     return as_text(grid, 100)

@@ -218,28 +218,30 @@ def share_kept(
 ) -> dict:
     """How much of full fine-tuning's gain over the base LoRA keeps, and whether it keeps at least `share` of it.
 
-    base: nll per row, shape (rows,); lora, full: per run and row. rho = (B - L) / (B - F) with its 95 % interval by
-    Fieller (1954), from the variances over groups and over seeds; [None, None] where full's gain does not differ from
-    zero. contrast: (1 - share) B + share F - L, in nats per token, positive where LoRA keeps more than the share
-    (Holmgren 1999); keeps: whether its 95 % interval lies above zero, which is the non-inferiority test at a
-    one-sided level of 2.5 %. full_gains: whether full's gain does; without it, a share of it means nothing.
+    base: nll per row, shape (rows,); lora, full: per run and row, or (rows,) for a single run, whose interval then
+    covers the rows alone. rho = (B - L) / (B - F) with its 95 % interval by Fieller (1954), from the variances over
+    groups and over seeds; [None, None] where full's gain does not differ from zero. contrast: (1 - share) B + share F
+    - L, in nats per token, positive where LoRA keeps more than the share (Holmgren 1999); keeps: whether its 95 %
+    interval lies above zero, which is the non-inferiority test at a one-sided level of 2.5 %. full_gains: whether
+    full's gain does; without it, a share of it means nothing.
     """
     place, _, _ = resample(groups, 1, 0)
     n, total = int(place.max()) + 1, float(np.sum(weight))
+    lora, full = (np.atleast_2d(np.asarray(arm, float)) for arm in (lora, full))
     w = np.bincount(place, weight, n).astype(float)
     b, low, f = (np.bincount(place, x, n) for x in (base, lora.mean(axis=0), full.mean(axis=0)))
     top, bottom = (b - low).sum() / total, (b - f).sum() / total  # LoRA's gain and full's
     u, v = b - low - top * w, b - f - bottom * w
     fewer = n / (n - 1) / total**2
-    seeds_lora, seeds_full = (means(x, np.asarray(weight)) for x in (lora, full))
-    var_l, var_f = (float(np.var(x, ddof=1)) / len(x) for x in (seeds_lora, seeds_full))
+    seeds = [means(x, np.asarray(weight)) for x in (lora, full)]
+    var_l, var_f = (float(np.var(x, ddof=1)) / len(x) if len(x) > 1 else 0.0 for x in seeds)
     uu, uv, vv = fewer * (u @ u) + var_l, fewer * (u @ v), fewer * (v @ v) + var_f
 
     def spread(rho: float) -> tuple[float, float]:
         """(standard error, degrees of freedom) of top - rho x bottom."""
         rows = fewer * np.square(u - rho * v).sum()
         parts = [(rows, n - 1), (var_l, len(lora) - 1), (rho**2 * var_f, len(full) - 1)]
-        variance, squares = sum(p for p, _ in parts), sum(p**2 / df for p, df in parts)
+        variance, squares = sum(p for p, _ in parts), sum(p**2 / df for p, df in parts if p)
         return math.sqrt(variance), variance**2 / squares if squares else math.inf
 
     error, freedom = spread(share)
