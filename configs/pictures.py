@@ -105,7 +105,7 @@ def as_svg(figure, name: str, alt: str) -> str:
     """
     written = io.StringIO()
     figure.savefig(written, format="svg", transparent=True, metadata=NO_NOTES)
-    root = ElementTree.fromstring(written.getvalue())
+    root = ElementTree.fromstring(visible(written.getvalue()))  # XML takes no control character
     variables = {light: f"var(--{tone})" for tone, light in COLOR.items()}
     for parent in root.iter():
         for child in list(parent):

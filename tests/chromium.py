@@ -101,8 +101,8 @@ def tab() -> Iterator[Tab]:
     (theirs, commands), (answers, ours) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         words = [*WORDS, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
-        # it reads from 3 and writes to 4
-        shell = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{ours}', place, *words]
+        # it reads from 3 and writes to 4; sh knows no numbers of two digits here
+        shell = ["bash", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{ours}', place, *words]
         child = subprocess.Popen(shell, pass_fds=(theirs, ours), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(theirs), os.close(ours)
         try:

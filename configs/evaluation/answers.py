@@ -12,12 +12,12 @@ from configs.text import visible
 
 # numbers, words, each Chinese or Japanese character, and what stands between them
 PIECES = re.compile(r"\d+(?:[.,]\d+)*|[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|\s+|.", re.S)
-ALIKE = 0.3  # of two answers that share less than this, everything would be marked
+ALIKE = 0.3  # share of the letters of two answers; where they have less in common, everything would be marked
 LONGEST = 2000  # pieces; comparing takes the square of their number
 
 
 class Answer(NamedTuple):
-    """A model's answer. html: with marks; chrf: its likeness to the reference, 0 to 1; nearest: no other is nearer."""
+    """A model's answer. html: with marks; chrf: its likeness to the reference, 0 to 1; nearest: none is higher."""
 
     html: Markup
     chrf: float
@@ -32,14 +32,14 @@ class Shown(NamedTuple):
     answers: list[Answer]
 
 
-def section(templates: Environment, examples: list[dict], names: list[str], words: dict[str, str]) -> str:
+def section(templates: Environment, examples: list[dict], titles: dict[str, str], words: dict[str, str]) -> str:
     """The part of the page with all answers, as HTML.
 
-    examples: {prompt, reference, and the answer of each model of `names`}; empty where nothing was answered.
+    titles: {model: what it is called}. examples: {prompt, reference, and the answer of each model}.
     """
-    titles = [words.get(name, name) for name in names]
-    shown = [as_shown(example, names) for example in examples]
-    return templates.get_template("answers.html.jinja").render(w=words, titles=titles, examples=shown)
+    shown = [as_shown(example, list(titles)) for example in examples]
+    called = [visible(title) for title in titles.values()]
+    return templates.get_template("answers.html.jinja").render(w=words, titles=called, examples=shown)
 
 
 def as_shown(example: dict, names: list[str]) -> Shown:
@@ -50,7 +50,7 @@ def as_shown(example: dict, names: list[str]) -> Shown:
     answers = []
     for n, (text, score) in enumerate(zip(texts, scores, strict=True)):
         html = escape(text) if n == 0 else marked(texts[n - 1], text)
-        answers.append(Answer(html, score, score > best - 1e-9))
+        answers.append(Answer(html, score, 0 < score > best - 1e-9))
     return Shown(" ".join(whole(example["prompt"]).split()), whole(example["reference"]), answers)
 
 
@@ -68,10 +68,11 @@ def marked(before: str, text: str) -> Markup:
     if max(len(a), len(b)) > LONGEST:
         return escape(text)
     matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
-    if matcher.quick_ratio() < ALIKE or matcher.ratio() < ALIKE:
+    spans = [(operation, "".join(b[begin:end])) for operation, _, _, begin, end in matcher.get_opcodes()]
+    shared = sum(len("".join(piece.split())) for operation, piece in spans if operation == "equal")
+    if shared < ALIKE * max(len("".join(full.split())) for full in (before, text)):
         return escape(text)
     html = Markup()
-    for operation, _, _, begin, end in matcher.get_opcodes():
-        piece = "".join(b[begin:end])
+    for operation, piece in spans:
         html += Markup("<mark>{}</mark>").format(piece) if operation != "equal" and piece.strip() else escape(piece)
     return html

@@ -97,7 +97,8 @@ def write_report(
     previous results (history.keep), for a column of their own; it is left out where it is about something else.
     """
     words = load_words(language)
-    words |= {name: name for name in [*results["models"], *results["metrics"]] if name not in words}
+    titles = {name: words.get(name, name) for name in results["models"]}
+    words |= {name: cell(name) for name in [*results["models"], *results["metrics"]] if name not in words}
     templates = page.templates_in(TEMPLATES)
     templates.filters["say"] = lambda note: sentence(note, words)
     templates.globals.update(w=words, shows=shows, language=language, sweep=command("run_all.py", "--sweep"))
@@ -106,7 +107,7 @@ def write_report(
     figures = Markup("").join(page.figure(name, picture) for name, picture in pictures.items())
     slots = {
         "pictures": Markup('<div class="pictures">{}</div>').format(figures),
-        "answers": answers.section(templates, examples, list(results["models"]), words),
+        "answers": answers.section(templates, examples, titles, words),
     }
     script = (TEMPLATES / "filter.js").read_text("utf-8")
     page.write_both(
