@@ -469,8 +469,9 @@ def write_all(
             "warnings": [sentence(note, words) for note in warnings],
         }
         drawn = pictures.draw(results, histories, new / "plots", words, load_words("en"))
-        before = history.keep(Path(settings.REPORT_DIR))
+        before = history.read(Path(settings.REPORT_DIR))
         write_report(shown, examples, drawn, new, settings.REPORT_LANGUAGE, before)
+        history.keep(Path(settings.REPORT_DIR))
     for candidate in candidates:
         if candidate.method in TRAINED and still_as_scored(candidate):  # it may have been trained again meanwhile
             write_card(Path(candidate.own_folder), model_card_scores(results, candidate.label))

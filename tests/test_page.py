@@ -352,17 +352,22 @@ def test_every_answer_is_in_the_page_and_the_first_ones_in_the_markdown(tmp_path
 
 
 def test_the_last_ten_results_are_kept(tmp_path):
-    assert history.keep(tmp_path) is None and not (tmp_path / "history").exists()
+    path = tmp_path / "evaluation_results.json"
+    history.keep(tmp_path)
+    assert history.read(tmp_path) is None and not (tmp_path / "history").exists()
     for n in range(12):
-        (tmp_path / "evaluation_results.json").write_text(json.dumps({"n": n}))
-        os.utime(tmp_path / "evaluation_results.json", (1_700_000_000 + n, 1_700_000_000 + n))
-        assert history.keep(tmp_path)["n"] == history.keep(tmp_path)["n"] == n  # twice is once
+        path.write_text(json.dumps({"n": n}))
+        os.utime(path, (1_700_000_000 + n, 1_700_000_000 + n))
+        assert history.read(tmp_path)["n"] == n
+        history.keep(tmp_path)
+        history.keep(tmp_path)  # twice is once
     kept = sorted((tmp_path / "history").iterdir())
     assert [json.loads(path.read_text())["n"] for path in kept] == list(range(2, 12))
     assert all(re.fullmatch(r"evaluation_results_\d{8}-\d{6}\.json", path.name) for path in kept)
     for broken in ("[1]", "{", "\x00"):
-        (tmp_path / "evaluation_results.json").write_text(broken)
-        assert history.keep(tmp_path) is None
+        path.write_text(broken)
+        history.keep(tmp_path)
+        assert history.read(tmp_path) is None and len(list((tmp_path / "history").iterdir())) == 10
 
 
 def test_the_table_has_a_column_for_results_about_the_same_things(tmp_path):

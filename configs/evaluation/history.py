@@ -11,22 +11,30 @@ RESULTS = "evaluation_results.json"
 KEPT = 10  # results in history/; older ones are removed
 
 
-def keep(folder: Path) -> dict | None:
-    """Put the results that lie in `folder` into its history/, before others take their place; None if there are none.
+def read(folder: Path) -> dict | None:
+    """The results that lie in `folder`, with the `time` of their writing in words; None if there are none of ours."""
+    path = folder / RESULTS
+    try:
+        results = json.loads(path.read_text("utf-8"))
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    except (OSError, ValueError):
+        return None
+    return results | {"time": written} if isinstance(results, dict) else None
 
-    They become history/evaluation_results_<time of their writing>.json, so keeping them twice makes one file. Returns
-    them with `time`, in words. The caller holds the lock of `folder`.
+
+def keep(folder: Path) -> None:
+    """Copy the results that lie in `folder` into its history/, before others take their place.
+
+    They become history/evaluation_results_<time of their writing>.json, so keeping them twice makes one file. What is
+    none of ours is left alone. The caller holds the lock of `folder`.
     """
     path, place = folder / RESULTS, folder / "history"
-    try:
-        text, written = path.read_text("utf-8"), time.localtime(path.stat().st_mtime)
-        results = json.loads(text)
-    except (OSError, ValueError):  # there are none, or what lies there is no result of ours
-        return None
-    handover.write_text(place / f"{path.stem}_{time.strftime('%Y%m%d-%H%M%S', written)}.json", text)
+    if read(folder) is None:
+        return
+    written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    handover.write_text(place / f"{path.stem}_{written}.json", path.read_text("utf-8"))
     for old in sorted(place.glob(f"{path.stem}_*.json"))[:-KEPT]:
         old.unlink(missing_ok=True)
-    return results | {"time": time.strftime("%Y-%m-%d %H:%M", written)} if isinstance(results, dict) else None
 
 
 def comparable(before: dict | None, results: dict) -> dict | None:

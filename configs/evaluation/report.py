@@ -94,7 +94,7 @@ def write_report(
 
     results: those of evaluation_results.json, with `verdict` and `warnings` in this language. examples: {prompt,
     reference, and the answer of each model}; the Markdown has the first ones. pictures: of pictures.draw. before: the
-    previous results (history.keep), for a column of their own; it is left out where it is about something else.
+    previous results (history.read), for a column of their own; it is left out where it is about something else.
     """
     words = load_words(language)
     titles = {name: words.get(name, name) for name in results["models"]}
