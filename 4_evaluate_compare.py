@@ -3,7 +3,7 @@
 Reads:  data/ (its test split), outputs/lora_model/final_lora_adapter, outputs/full_model/final_model
 Writes: outputs/evaluation_results.json, evaluation_examples.jsonl, evaluation_report.md and .html, plots/;
         with JUDGE also judge_verdicts.jsonl, so that no verdict is asked for twice;
-        and the test scores into README.md of final_lora_adapter and final_model
+        the previous results into history/, and the test scores into README.md of final_lora_adapter and final_model
 
     python 4_evaluate_compare.py
     python 4_evaluate_compare.py --prompt "What is an ETF?"
@@ -80,7 +80,7 @@ from transformers import PreTrainedModel
 
 from configs import chat, device, handover, models, state
 from configs.ending import say_done
-from configs.evaluation import benchmarks, metrics
+from configs.evaluation import benchmarks, history, metrics, pictures
 from configs.evaluation.candidates import (
     TRAINED,
     Candidate,
@@ -101,7 +101,6 @@ from configs.evaluation.report import (
     as_text,
     load_words,
     model_card_scores,
-    plots,
     records_of,
     sentence,
     summary_table,
@@ -462,7 +461,7 @@ def write_all(
     examples = [
         {"prompt": held_out.questions[i], "reference": held_out.references[i]}
         | {label: texts[i] for label, texts in answers.items()}
-        for i in metrics.most_different(answers, 10)
+        for i in metrics.most_different(answers, len(held_out.prompts))
     ]
     histories = {c.label: c.log["history"] for c in candidates if c.method in TRAINED}
     with handover.replacing(settings.REPORT_DIR) as new:
@@ -475,7 +474,10 @@ def write_all(
             "verdict": verdict(results, PAIRS, words),
             "warnings": [sentence(note, words) for note in warnings],
         }
-        write_report(shown, examples, plots(results, histories, new / "plots"), new, settings.REPORT_LANGUAGE)
+        drawn = pictures.draw(results, histories, new / "plots", words, load_words("en"))
+        before = history.read(Path(settings.REPORT_DIR))
+        write_report(shown, examples, drawn, new, settings.REPORT_LANGUAGE, before)
+        history.keep(Path(settings.REPORT_DIR))
     for candidate in candidates:
         if candidate.method in TRAINED and still_as_scored(candidate):  # it may have been trained again meanwhile
             write_card(Path(candidate.own_folder), model_card_scores(results, candidate.label))

@@ -284,15 +284,17 @@ def load_split(data_dir: str | Path, name: str):
 # --- the log of a training
 
 
-def draw_losses(axis, history: list[dict], label: str = "", color: str | None = None) -> None:
+def draw_losses(
+    axis, history: list[dict], labels: tuple[str, str] = ("training", "validation"), color: str | None = None
+) -> None:
     """Training loss (a line) and validation loss (dots) of a log's `history` over the optimizer steps.
 
-    axis: of matplotlib; label stands before "training" and "validation" in the legend.
+    axis: of matplotlib; labels: what the two curves are called in the legend.
     """
-    for key, part, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+    for key, label, style in zip(("loss", "eval_loss"), labels, ("-", "o--"), strict=True):
         records = [r for r in history if isinstance(r, dict) and isinstance(r.get(key), float) and "step" in r]
         if records:
             steps, losses = [r["step"] for r in records], [r[key] for r in records]
-            axis.plot(steps, losses, style, color=color, markersize=3, label=f"{label}{part}")
+            axis.plot(steps, losses, style, color=color, markersize=3, label=label)
     axis.set_xlabel("optimizer steps")
     axis.set_ylabel("loss (nats per token)")

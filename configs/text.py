@@ -10,8 +10,16 @@ from pathlib import Path
 # What moves a terminal's cursor, or changes its colours, its title or the direction of writing, and half characters,
 # which cannot be written at all: control characters other than line break and tab, marks of direction, surrogates.
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# What Markdown or HTML may take for more than a letter: _ not within a word, and - only where a text begins.
-MARKUP = re.compile(r"[\\`*{}\[\]<>()#+!|~$\"]|(?<![^\W_])_|_(?![^\W_])|\A-")
+# What Markdown takes for more than text within a line, and gets a backslash: a backslash before punctuation; code;
+# emphasis, but for "2 * 3" and snake_case; a link or an image, which begin with "["; the end of a table's cell.
+MARKUP = re.compile(r"\\(?=[!-/:-@\[-`{-~]|\Z)|[`\[|]|\*(?! )|(?<! )\*|(?<![^\W_])_|_(?![^\W_])")
+# What begins a block at the start of a text: a list, a rule, a heading.
+BLOCK = re.compile(r"\A(?:[-+](?=[ -]|\Z)|#|\d{1,9}(?=[.)](?: |\Z)))")
+# What is written as the number of its character, because not every reader takes a backslash before it: an element, an
+# entity, a quotation, struck out text, the end of a formula.
+ENTITY = re.compile(r"<(?=[a-zA-Z/!?])|&(?=#?\w+;)|\A[>=]|~(?!\d)|(?<=[^\s(])\$")
+# the sign of a number that is all zeros
+ZERO = re.compile(r"(?<![\w.)])[-+](?=0(?:\.0+)?(?![\d.]*[\w]))")
 YAML_BYTES = 1_000_000  # a larger file is given by mistake, and would take minutes to read
 YAML_VALUES = 10_000  # most values of a YAML text, its aliases written out
 # What the operating system, torch and safetensors, and datasets say of a full disk.
@@ -41,11 +49,19 @@ def quoted(value: object, most: int = 200) -> str:
 def cell(text: object, most: int = 600) -> str:
     """Text as one harmless piece of a line of Markdown: no markup, line break, column or other writing direction.
 
+    Only what Markdown would not take for text is escaped, so that the source can be read as well.
     most: characters that are shown; what is longer ends with "...".
     """
     short = " ".join(str(text).split())
     short = visible(short if len(short) <= most else short[:most] + " ...")
-    return MARKUP.sub(lambda match: f"&#{ord(match[0])};", short.replace("&", "&amp;"))
+    short = MARKUP.sub(r"\\\g<0>", short)
+    short = BLOCK.sub(lambda match: f"{match[0]}\\" if match[0].isdigit() else f"\\{match[0]}", short)
+    return ENTITY.sub(lambda match: f"&#{ord(match[0])};", short)
+
+
+def without_zero_signs(text: str) -> str:
+    """A text in which no number that was rounded to zero has a sign: "-0.000" and "+0.000" become "0.000"."""
+    return ZERO.sub("", text)
 
 
 # --- what can be written

@@ -22,8 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs import device
 from configs.evaluation import metrics, scoring, statistics
 from configs.evaluation.candidates import HeldOut
+from configs.evaluation.pictures import draw
 from configs.evaluation.report import load_words, sentence, summary_table, verdict, write_report
+from configs.pictures import Picture
 from configs.preparation.reading import general_text
+from configs.text import without_zero_signs
 from configs.values import read_constants
 
 METRICS = ["nll_per_token", "answer_quality", "style_match", "well_formed"]
@@ -1003,8 +1006,10 @@ class Page(HTMLParser):
 
 def test_the_page_holds_everything_itself(evaluated):
     page = (evaluated[0] / "outputs/evaluation_report.html").read_text("utf-8")
-    links = Page(page).links
-    assert len(links) == 4 and all(link.startswith("data:image/png;base64,") for link in links)
+    links, tags = Page(page).links, [tag for tag, _ in Page(page).tags]
+    assert tags.count("svg") == 4 and "img" not in tags and all(link.startswith("#") for link in links)
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert {link[1:] for link in links} <= set(ids) and len(set(ids)) == len(ids)
     assert "@import" not in page and "url(" not in page
 
 
@@ -1048,7 +1053,7 @@ def test_the_differences_say_which_direction_is_better(evaluated, results):
     for row, c in zip(rows, results["comparisons"], strict=True):
         lower = c["metric"] in ("nll_per_token", "forgetting")
         assert row[0].startswith(words[c["metric"]]) and row[1] == ("lower" if lower else "higher")
-        assert row[2:5] == [words[c["a"]], words[c["b"]], f"{c['difference']:+.4f}"]
+        assert row[2:5] == [words[c["a"]], words[c["b"]], without_zero_signs(f"{c['difference']:+.4f}")]
 
 
 # --- hostile text in the report
@@ -1079,9 +1084,8 @@ HOSTILE = [
 
 
 def as_shown(text: str) -> str:
-    """What a reader must see of `text`: white space as one space, at most 600 characters."""
+    """What a reader must see of `text`: all of it, white space as one space."""
     text = " ".join(text.split())
-    text = text if len(text) <= 600 else text[:600] + " ..."
     # the first two control characters are markdown's own; the last turns the direction of writing
     return re.sub("[\u0002\u0003\u202e]", lambda match: ascii(match[0])[1:-1], text)
 
@@ -1103,11 +1107,8 @@ def report_of(results: dict, folder: Path, texts: list[str], name: str) -> tuple
     examples = [
         {"prompt": f"Q: {text}", "reference": text, "base": text, "lora": text, "full": text} for text in texts
     ]
-    (folder / "plots").mkdir(parents=True)
-    images = ["differences.png", "loss_curves.png"]
-    for image in images:
-        (folder / "plots" / image).write_bytes(b"\x89PNG")
-    write_report(shown(results, warnings=results["warnings"]), examples, images, folder, "en")
+    drawn = {name: Picture("<svg></svg>", name, name) for name in ("differences", "loss_curves")}
+    write_report(shown(results, warnings=results["warnings"]), examples, drawn, folder, "en")
     page = Page((folder / "evaluation_report.html").read_text("utf-8"))
     return (folder / "evaluation_report.md").read_text("utf-8"), page
 
@@ -1117,8 +1118,9 @@ def test_hostile_text_cannot_leave_its_place(results, tmp_path):
     text, page = report_of(results, tmp_path / "hostile", HOSTILE, "word")
     assert page.tags == harmless.tags  # not one element or attribute more, and none elsewhere
     assert [len(row) for row in page.rows] == [len(row) for row in harmless.rows]
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "a", "iframe", "h3", "blockquote", "pre", "del"})
-    assert len(page.links) == 2
+    assert {tag for tag, _ in page.tags}.isdisjoint({"a", "img", "iframe", "blockquote", "pre", "del"})
+    names = [tag for tag, _ in page.tags]
+    assert names.count("script") == 1 and names.count("h3") == len(HOSTILE) and page.links == []
     heads = [n for n, row in enumerate(page.rows) if row == ["reference", "base", "lora", "full"]]
     assert len(heads) == len(HOSTILE)
     for n, hostile in zip(heads, HOSTILE, strict=True):
@@ -1222,7 +1224,7 @@ def test_a_report_says_where_the_rounding_is_as_large_as_a_difference(call, tiny
         assert said == [] and "fp32" not in out.partition("\n\n")[2] and "full - lora =" not in report
         return
     assert len(said) == 1 and "bfloat16" in said[0] and "4_evaluate_compare.py --precision fp32" in said[0]
-    assert all("full - lora = +0.00000" in text for text in (said[0], report, out))
+    assert all("full - lora = 0.00000" in text for text in (said[0], report, out))
     assert all("--precision fp32" in text for text in (report, out))
     assert ("舍入误差" if language == "zh" else "scoring in bfloat16 rounds the nll") in report
 
@@ -1581,7 +1583,7 @@ def test_both_languages_have_the_same_sentences_with_the_same_gaps(script):
         assert gaps[0] == gaps[1], key
         assert isinstance(en[key], str) and isinstance(zh[key], str) and zh[key].strip()
     folder = ROOT / "configs/evaluation"
-    files = [folder / "templates/report.md.jinja", *sorted(folder.glob("*.py")), Path(script.__file__)]
+    files = [*sorted((folder / "templates").glob("*.jinja")), *sorted(folder.glob("*.py")), Path(script.__file__)]
     used = "\n".join(path.read_text("utf-8") for path in files)
     for key in en:  # no sentence that nobody says
         name = key.removeprefix("note_").removeprefix("plot_").removeprefix("form_")
@@ -1589,9 +1591,10 @@ def test_both_languages_have_the_same_sentences_with_the_same_gaps(script):
 
 
 def test_the_chinese_report_says_the_same(results, evaluated, tmp_path):
-    shutil.copytree(evaluated[0] / "outputs/plots", tmp_path / "plots")
-    images = ["differences.png", "forgetting.png", "loss_curves.png", "cost.png"]
-    write_report(shown(results, "zh"), [], images, tmp_path, "zh")
+    words = load_words("zh")
+    write_report(
+        shown(results, "zh"), [], draw(results, {}, tmp_path / "plots", words, load_words("en")), tmp_path, "zh"
+    )
     page = (tmp_path / "evaluation_report.html").read_text("utf-8")
     english = Page((evaluated[0] / "outputs/evaluation_report.html").read_text("utf-8"))
     chinese = Page(page)

@@ -1,24 +1,20 @@
-"""A sweep's report: what to do in a sentence a pair, tables, plots; sweep_report.md and .html in two languages."""
+"""A sweep's report: what to do in a sentence a pair, tables; sweep_report.md and .html in two languages."""
 
-import base64
 from pathlib import Path
 
-import markdown
 import numpy as np
 import yaml
-from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
 
-from configs import handover
+from configs.comparison import pictures
 from configs.device import size
-from configs.evaluation import glossary, statistics
+from configs.evaluation import glossary, page, statistics
 from configs.evaluation.recommendation import forgot
-from configs.evaluation.report import TEMPLATES as PAGES
-from configs.evaluation.report import cell, load_words
+from configs.evaluation.report import load_words
 from configs.state import spell
+from configs.text import cell, without_zero_signs
 
 TEMPLATES = Path(__file__).with_name("templates")
 STANDINGS = {"good enough": "good_enough", "worse within the margin": "within"}
-PALETTE = ("#4477aa", "#cc6677", "#228833", "#aa3377", "#ccbb44", "#66ccee")
 
 
 def words_of(language: str) -> dict[str, str]:
@@ -42,7 +38,7 @@ def advice(results: dict, w: dict) -> list[str]:
                 lines.append(w["advice_withheld"].format(a=a, b=b, why=w["and"].join(whys) or w["none"]))
             else:
                 lines.append(advice_on(compared[a, b], results, w))
-    return lines
+    return [without_zero_signs(line) for line in lines]
 
 
 def overall(results: dict, w: dict) -> str:
@@ -175,90 +171,19 @@ def summary(results: dict, language: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-# --- plots
-
-
-def draw(results: dict, folder: Path, w: dict) -> list[str]:
-    """The pictures of the report; their names. Their words are English: few machines have a font with Chinese."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True)
-    colors, names = dict(zip(results["arms"], PALETTE * 3, strict=False)), []
-    runs = [run for run in results["runs"].values() if "nll_per_token" in run]
-
-    def save(figure, axis, name: str) -> None:
-        axis.legend()
-        figure.savefig(folder / name, dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
-        names.append(name)
-
-    figure, axis = pyplot.subplots(figsize=(7, 3.8))
-    axis.axhline(results["base"]["nll_per_token"], ls="--", color="#777777", label="base")
-    for name, color in colors.items():
-        own = sorted((r for r in runs if r["arm"] == name and r["phase"] == "selection"), key=lambda r: r["rate"])
-        axis.plot([r["rate"] for r in own], [r["nll_per_token"] for r in own], "o-", color=color, label=name)
-        fresh = [r for r in runs if r["arm"] == name and r["phase"] == "seeds"]
-        axis.plot([r["rate"] for r in fresh], [r["nll_per_token"] for r in fresh], "x", color=color)
-    axis.plot([], [], "x", color="#333333", label=w["label_fresh"])
-    for name in colors:
-        if rate := results["selection"][name]["rate"]:
-            axis.axvline(rate, color=colors[name], lw=0.6)
-    axis.set_xscale("log")
-    axis.set_xlabel(w["axis_rate"])
-    axis.set_ylabel(w["axis_loss"])
-    save(figure, axis, "rates.png")
-    if results["base"]["general"] is not None:
-        figure, axis = pyplot.subplots(figsize=(7, 3.8))
-        axis.plot(0, 0, "o", color="#777777", label="base")
-        for name, color in colors.items():
-            for phase, style in (("selection", "o-"), ("seeds", "x")):
-                own = sorted((r for r in runs if r["arm"] == name and r["phase"] == phase), key=lambda r: r["rate"])
-                points = [
-                    (results["base"]["nll_per_token"] - r["nll_per_token"], r["general"] - results["base"]["general"])
-                    for r in own
-                ]
-                if points:
-                    label = {"label": name} if phase == "selection" else {}
-                    axis.plot(*zip(*points, strict=True), style, color=color, **label)
-        axis.plot([], [], "x", color="#333333", label=w["label_fresh"])
-        axis.set_xlabel(w["axis_gain"])
-        axis.set_ylabel(w["axis_forgot"])
-        save(figure, axis, "learning.png")
-    figure, axis = pyplot.subplots(figsize=(7, 3.4))
-    for name, color in colors.items():
-        own = [r for r in results["runs"].values() if r["arm"] == name and r["phase"] == "selection"]
-        losses = [r["eval_loss"] for r in own if r["state"] == "done"]
-        seconds = np.mean([r["seconds"] for r in own if r.get("seconds")] or [0])
-        budgets = range(1, len(losses) + 1)
-        best = [statistics.expected_best(losses, b) for b in budgets]
-        axis.plot([b * seconds for b in budgets], best, "o-", color=color, label=name)
-    axis.set_xlabel(w["axis_seconds"])
-    axis.set_ylabel(w["axis_best"])
-    save(figure, axis, "budget.png")
-    return names
-
-
 # --- pages
 
 
 def write(results: dict, folder: Path, language: str) -> None:
     """sweep_report.md, sweep_report.html and plots/ in `folder`."""
     w = words_of(language)
-    images = draw(results, folder / "plots", w)
+    images = pictures.draw(results, folder / "plots", w, words_of("en"))
     question = results["question"]
     title = w["title"].format(description=question["description_zh" if language == "zh" else "description"])
-    loader = ChoiceLoader([FileSystemLoader(TEMPLATES), FileSystemLoader(PAGES)])
-    templates = Environment(
-        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
+    templates = page.templates_in(TEMPLATES)
     templates.filters |= {
-        "cell": cell,
-        "p": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}",
         "standing": lambda standing: w[f"standing_{STANDINGS.get(standing, standing)}"],
-        "time": lambda seconds: w["none"] if seconds is None else spell(seconds),
+        "time": lambda seconds: w["none"] if seconds is None else spell(seconds, language),
         "memory": lambda n: w["none"] if not n else size(n),
     }
     tried = sorted(
@@ -267,27 +192,24 @@ def write(results: dict, folder: Path, language: str) -> None:
     seeds = sorted(
         {sum(r["arm"] == a and r["phase"] == "seeds" for r in results["runs"].values()) for a in results["arms"]}
     )
-    terms = glossary.load(language)
-    text = templates.get_template("sweep_report.md.jinja").render(
-        results,
-        w=w,
-        title=title,
-        overall=overall(results, w),
-        advice=advice(results, w),
-        forgot=forgot_lines(results, language),
-        glossary=terms,
-        glossary_title=load_words(language)["glossary"],
-        arm_rows=arm_rows(results, w),
-        ratios=ratios(results, w),
-        share_lines=share_lines(results, w),
-        tried="-".join(map(str, (tried[0], tried[-1])) if tried[0] != tried[-1] else [str(tried[0])]),
-        seeds=max(seeds),
+    terms, words = glossary.load(language), load_words(language)
+    values = {
+        "w": w,
+        "title": title,
+        "overall": overall(results, w),
+        "advice": advice(results, w),
+        "forgot": forgot_lines(results, language),
+        "glossary": terms,
+        "glossary_title": words["glossary"],
+        "arm_rows": arm_rows(results, w),
+        "ratios": ratios(results, w),
+        "share_lines": share_lines(results, w),
+        "tried": "-".join(map(str, (tried[0], tried[-1])) if tried[0] != tried[-1] else [str(tried[0])]),
+        "seeds": max(seeds),
+    }
+    page.write_both(
+        lambda **given: templates.get_template("sweep_report.md.jinja").render(results, **values, **given),
+        folder / "sweep_report",
+        images,
+        lambda body: page.whole(templates, title, glossary.mark(body, terms, (words["glossary"],)), language),
     )
-    handover.write_text(folder / "sweep_report.md", text)
-    html = glossary.mark(markdown.markdown(text, extensions=["tables"]), terms, (load_words(language)["glossary"],))
-    for image in images:
-        data = base64.b64encode((folder / "plots" / image).read_bytes()).decode()
-        html = html.replace(f'src="plots/{image}"', f'src="data:image/png;base64,{data}"')
-    page_words = load_words(language) | {"title": title}
-    page = templates.get_template("page.html.jinja").render(body=html, w=page_words, language=language)
-    handover.write_text(folder / "sweep_report.html", page)

@@ -223,6 +223,7 @@ def cost(candidate: Candidate) -> dict | None:
     # the card grows by the test scores, and a second evaluation should find what the first one found
     files = [path for path in folder.rglob("*") if path.is_file() and path != folder / "README.md"]
     return {
+        "device": candidate.log["environment"].get("device"),
         "trainable": candidate.log["parameters"]["trainable"],
         **{key: candidate.log["summary"][key] for key in keys},
         "disk_bytes": sum(path.stat().st_size for path in files),

@@ -1,25 +1,25 @@
-"""The results for people: sentences in English and Chinese, plots, evaluation_report.md and .html, the table."""
+"""The results for people: sentences in English and Chinese, evaluation_report.md and .html, the table."""
 
-import base64
 import re
 from pathlib import Path
 
-import markdown
-import numpy as np
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from configs import handover
-from configs.evaluation import glossary
+from configs.evaluation import answers, glossary, history, page
+from configs.evaluation.page import TEMPLATES
+from configs.evaluation.pictures import memory_label
 from configs.evaluation.recommendation import joined, no_use, told
 from configs.evaluation.statistics import shows
+from configs.pictures import Picture
 from configs.settings import command, say
-from configs.text import cell
+from configs.text import cell, without_zero_signs
 
 Note = tuple[str, dict]  # key of a sentence in templates/<language>.yaml, and what it is filled with
-TEMPLATES = Path(__file__).with_name("templates")
+ANSWERS = 10  # questions in the Markdown; the page has all of them
 
 
 # --- sentences
@@ -33,7 +33,8 @@ def load_words(language: str) -> dict[str, str]:
 def sentence(note: Note, words: dict[str, str]) -> str:
     """A note as a sentence; models are named in it as their folders and flags are."""
     key, values = note
-    return words[f"note_{key}"].format_map(values)
+    called = {kind: words.get(value, value) if kind == "name" else value for kind, value in values.items()}
+    return without_zero_signs(words[f"note_{key}"].format_map(called))
 
 
 def verdict(results: dict, pairs: list[tuple[str, str]], words: dict) -> str:
@@ -56,7 +57,7 @@ def verdict(results: dict, pairs: list[tuple[str, str]], words: dict) -> str:
             parts.append(words["verdict_better"].format(**values, low=-high, high=-low))
         else:
             parts.append(words["verdict_worse"].format(**values, low=low, high=high))
-    return first + words["verdict"].format(pairs=words["and"].join(parts))
+    return without_zero_signs(first + words["verdict"].format(pairs=words["and"].join(parts)))
 
 
 def of_no_use(results: dict, pairs: list[tuple[str, str]], words: dict) -> list[str]:
@@ -80,150 +81,47 @@ def of_no_use(results: dict, pairs: list[tuple[str, str]], words: dict) -> list[
     return said
 
 
-# --- plots
-
-COLORS = {"base": "#777777", "lora": "#4477aa", "full": "#cc6677", "merged": "#66ccee"}
-OTHERS = "#228833"  # the colour of CANDIDATES
-LABELS = {"base": "base", "lora": "LoRA", "full": "full"}
-# what a training took: key in `cost`, label, what it is divided by
-COSTS = (
-    ("train_runtime_s", "training time (s)", 1),
-    ("peak_memory_bytes", "peak memory while training (GB)", 1e9),
-    ("disk_bytes", "size on disk (MB)", 1e6),
-)
-
-
-def plots(results: dict, histories: dict[str, list[dict]], folder: Path) -> list[str]:
-    """Draw the pictures of the report into `folder`; their file names. histories: {model: its log's history}.
-
-    Their words are English in every language, because few machines have a font with Chinese for them; the report's
-    captions are not.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True)
-    models, names = results["models"], []
-    against_base = {(c["a"], c["metric"]): c for c in results["comparisons"] if c["b"] == "base"}
-
-    def save(figure, name: str) -> None:
-        figure.savefig(folder / name, dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
-        names.append(name)
-
-    compared = [c for c in results["comparisons"] if c["metric"] == "nll_per_token" and c["a"] != "base_4bit"]
-    figure, axis = pyplot.subplots(figsize=(6, 0.8 + 0.4 * len(compared)))
-    draw_differences(axis, compared)
-    save(figure, "differences.png")
-    if any(metric == "forgetting" for _, metric in against_base):
-        figure, axis = pyplot.subplots(figsize=(6, 3.6))
-        draw_forgetting(axis, against_base, [name for name in models if (name, "forgetting") in against_base])
-        save(figure, "forgetting.png")
-    figure, axis = pyplot.subplots(figsize=(6, 3.2))
-    for name, history in histories.items():
-        handover.draw_losses(axis, history, f"{LABELS[name]}, ", COLORS[name])
-    axis.legend()
-    save(figure, "loss_curves.png")
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
-    draw_cost(axes, models)
-    save(figure, "cost.png")
-    return names
-
-
-def draw_differences(axis, comparisons: list[dict]) -> None:
-    """Each pair's difference in nats per token with its 95 % interval, which is that of the pairs of rows.
-
-    No picture shows the interval of a single model: those of two models overlap also where the difference is certain.
-    """
-    axis.axvline(0, color="#777777", lw=1)
-    for place, c in enumerate(reversed(comparisons)):
-        reach = np.abs(np.array(c["ci95"]) - c["difference"])[:, None]
-        axis.errorbar(
-            c["difference"], place, xerr=reach, fmt="o", capsize=4, color="#222222" if shows(c) else "#999999"
-        )
-    names = [" - ".join(LABELS.get(c[side], c[side]) for side in "ab") for c in reversed(comparisons)]
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(-0.6, len(names) - 0.4)
-    axis.set_xlabel("difference in nats per token (below 0: the first one is better)")
-
-
-def draw_forgetting(axis, against_base: dict, names: list[str]) -> None:
-    """What each trained model gained on the test split against what it lost on the general text."""
-
-    def bar(comparison: dict, sign: int) -> tuple[float, np.ndarray]:
-        reach = np.abs(np.array(comparison["ci95"]) - comparison["difference"])
-        return sign * comparison["difference"], reach[::sign, None]
-
-    axis.plot(0, 0, "o", color=COLORS["base"])
-    axis.annotate(LABELS["base"], (0, 0), (6, 6), textcoords="offset points")
-    for name in names:
-        learned, dx = bar(against_base[name, "nll_per_token"], -1)
-        forgot, dy = bar(against_base[name, "forgetting"], 1)
-        axis.errorbar(learned, forgot, dy, dx, fmt="o", color=COLORS.get(name, OTHERS), capsize=4)
-        axis.annotate(LABELS.get(name, name), (learned, forgot), (6, 6), textcoords="offset points")
-    axis.axhline(0, color="#cccccc", zorder=0)
-    axis.axvline(0, color="#cccccc", zorder=0)
-    axis.set_xlabel("learned: nats per token gained on the test split")
-    axis.set_ylabel("forgotten: nats per token\nlost on the general text")
-    axis.margins(0.15)
-
-
-def draw_cost(axes, models: dict) -> None:
-    """nats per token of each trained model over what its training took: three axes."""
-    for axis, (key, what, unit) in zip(axes, COSTS, strict=True):
-        axis.axhline(models["base"]["nll_per_token"], ls="--", color=COLORS["base"], label=LABELS["base"])
-        known = {name: m for name, m in models.items() if m["cost"] and m["cost"][key] is not None}
-        for name, m in known.items():
-            place = (m["cost"][key] / unit, m["nll_per_token"])
-            color, label = COLORS.get(name, OTHERS), LABELS.get(name, name)
-            axis.plot(*place, "o", color=color, label=label)
-        axis.set_xlim(0, 1.15 * max((m["cost"][key] for m in known.values()), default=1) / unit or 1)
-        axis.set_xlabel(what)
-    axes[0].set_ylabel("nats per token of the answers\n(lower is better)")
-    axes[0].legend()
-
-
 # --- pages
 
 
-def p_text(p: float) -> str:
-    """A p-value for people; no more digits than resampling can tell."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def write_report(results: dict, examples: list[dict], images: list[str], folder: Path, language: str) -> None:
-    """evaluation_report.md from the templates, and evaluation_report.html from it, with the pictures inside.
+def write_report(
+    results: dict,
+    examples: list[dict],
+    pictures: dict[str, Picture],
+    folder: Path,
+    language: str,
+    before: dict | None = None,
+) -> None:
+    """evaluation_report.md, and evaluation_report.html with the pictures and all answers inside.
 
     results: those of evaluation_results.json, with `verdict` and `warnings` in this language. examples: {prompt,
-    reference, and the answer of each model}. images: names in folder/plots.
+    reference, and the answer of each model}; the Markdown has the first ones. pictures: of pictures.draw. before: the
+    previous results (history.read), for a column of their own; it is left out where it is about something else.
     """
-    templates = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     words = load_words(language)
-    words |= {name: name for name in [*results["models"], *results["metrics"]] if name not in words}
-    templates.filters["cell"] = cell
-    templates.filters["p"] = p_text
+    titles = {name: words.get(name, name) for name in results["models"]}
+    words |= {name: cell(name) for name in [*results["models"], *results["metrics"]] if name not in words}
+    templates = page.templates_in(TEMPLATES)
     templates.filters["say"] = lambda note: sentence(note, words)
     templates.globals.update(w=words, shows=shows, language=language, sweep=command("run_all.py", "--sweep"))
     advice = told(results["recommendation"], words, cell) if "recommendation" in results else []
     terms, apart = glossary.load(language), (words["answers"], words["settings"], words["glossary"])
-    text = templates.get_template("report.md.jinja").render(
-        results, examples=examples, images=images, advice=advice, glossary=terms
+    values = {"examples": examples, "pictures": pictures, "shown": ANSWERS, "memory": memory_label(results["models"])}
+    values |= {"before": history.comparable(before, results), "column": history.column}
+    values |= {"advice": advice, "glossary": terms}
+    figures = Markup("").join(page.figure(name, picture) for name, picture in pictures.items())
+    slots = {
+        "pictures": Markup('<div class="pictures">{}</div>').format(figures),
+        "answers": answers.section(templates, examples, titles, words),
+    }
+    script = (TEMPLATES / "filter.js").read_text("utf-8")
+    page.write_both(
+        lambda **given: templates.get_template("report.md.jinja").render(results, **values, **given),
+        folder / "evaluation_report",
+        pictures,
+        lambda body: page.whole(templates, words["title"], glossary.mark(body, terms, apart), language, script),
+        slots,
     )
-    handover.write_text(folder / "evaluation_report.md", text)
-    html = glossary.mark(markdown.markdown(text, extensions=["tables"]), terms, apart)
-    for image in images:
-        data = base64.b64encode((folder / "plots" / image).read_bytes()).decode()
-        html = html.replace(f'src="plots/{image}"', f'src="data:image/png;base64,{data}"')
-    page = templates.get_template("page.html.jinja").render(body=html)
-    handover.write_text(folder / "evaluation_report.html", page)
 
 
 def records_of(label: str, measured, held_out) -> list[dict]:
