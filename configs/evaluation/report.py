@@ -287,7 +287,8 @@ def summary_table(results: dict, words: dict) -> str:
     for name in models:
         grid.add_column(words.get(name, name), justify="right", no_wrap=True)
     is_judged = results["judge"] and not results["judge"]["withheld"]
-    helpful = words["helpfulness_judge"] if is_judged else words["helpfulness_proxy"]
+    by = "human" if is_judged and results["judge"]["judge"].startswith("human") else "judge"
+    helpful = words[f"helpfulness_{by}"] if is_judged else words["helpfulness_proxy"]
     lines = [("perplexity", "perplexity", ".2f"), ("bits_per_byte", "bits_per_byte", ".3f")]
     lines += [("answer_quality", "answer_quality", ".3f"), ("style_match", "style_match", ".3f")]
     if "embedding_similarity" in models["base"]:
