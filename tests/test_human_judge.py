@@ -410,9 +410,10 @@ def test_what_is_typed_before_a_pair_is_shown_does_not_count(tmp_path):
     child.close(force=True)
 
 
-def test_without_a_terminal_the_page_is_named(tmp_path):
-    said = refused(run(SCRIPTS[3], "--judge", "human", "--seed", "7", cwd=tmp_path), "JUDGE human")
-    assert "python 4_evaluate_compare.py --seed 7 --judge human:page" in said[0]
+def test_without_a_terminal_the_page_is_named(tmp_path, tiny):
+    words = ("--model_name", tiny, "--judge", "human", "--seed", "7")
+    said = refused(run(SCRIPTS[3], *words, cwd=tmp_path), "JUDGE human reads keys from a terminal")
+    assert "--seed 7 --judge human:page" in said[0] and "--judge human " not in said[0]
 
 
 # --- the page
