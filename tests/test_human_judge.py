@@ -29,6 +29,7 @@ from configs.evaluation.judge import judged as judged_by_any
 from configs.evaluation.person import Session, Showing, plan
 from configs.evaluation.phrases import JUDGING
 from configs.evaluation.report import load_words, sentence
+from configs.text import visible
 
 PAIRS = [("lora", "base"), ("full", "base"), ("full", "lora")]
 WORDS = JUDGING["en"]
@@ -645,13 +646,14 @@ def evaluation(*more: str) -> list[str]:
 
 
 def references(folder: Path) -> dict[str, str]:
-    """{question: reference} without white space."""
+    """{question: reference}, squeezed."""
     prompts = json.loads((folder / "data/test_prompts.json").read_text("utf-8"))
     return {squeezed(p["prompt"][-1]["content"]): squeezed(p["reference"]) for p in prompts}
 
 
 def squeezed(text: str) -> str:
-    return re.sub(r"\s", "", text)
+    """What a person can tell of a text: its ASCII, without the white space that a terminal adds."""
+    return re.sub(r"[^!-~]", "", visible(text))
 
 
 def verdict_of(question: str, first: str, second: str, known: dict[str, str]) -> str:
@@ -679,12 +681,12 @@ def test_a_whole_evaluation_judged_in_a_terminal_in_two_sittings(folder):
             encoding="utf-8",
             timeout=240,
             dimensions=(60, 70),
-            env=os.environ | {"TERM": "dumb"},
+            env=os.environ | {"TERM": "xterm-256color"},
         )
         child.delaybeforesend, said, count = None, "", 0
         while child.expect_exact([words["keys"], pexpect.EOF]) == 0:
             said += child.before
-            screen = child.before.replace("\r\n", "\n")
+            screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", child.before.replace("\r\n", "\n"))
             head, first, second = re.split(r"^[12] ─+$", screen.rstrip("─\n"), flags=re.MULTILINE)[-3:]
             question = head.rsplit(words["task"].split()[-1], 1)[-1]
             if count == most:
