@@ -6,7 +6,7 @@ Writes: outputs/evaluation_results.json, evaluation_examples.jsonl, evaluation_r
         the previous results into history/, and the test scores into README.md of final_lora_adapter and final_model
 
     python 4_evaluate_compare.py
-    python 4_evaluate_compare.py --prompt "What is an ETF?"
+    python 4_evaluate_compare.py --chat
 
 Takes about 20 s on a laptop with --preset demo. A model that was not trained is named and left out.
 """
@@ -35,7 +35,10 @@ DATA_DIR = "data"  # folder with the prepared data, written by 1_prepare_dataset
 MAX_EVAL_SAMPLES: Annotated[int | None, "x >= 1"] = None  # score only this many test rows; none: all
 # Prose apart from the data set's subject: it shows what a model has forgotten.
 GENERAL_TEXT: str | None = None  # a text file, or a Hub data set with a text column: owner/name#configuration
+
+# --- questions instead of a comparison; nothing is written
 PROMPT: Annotated[str | None, "not empty"] = None  # a question: print every model's answer to it and write nothing
+CHAT = False  # talk with all models, whose answers stand side by side; /help lists the commands
 
 # --- scoring
 PRECISION: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 on a CPU, else what the GPU does best
@@ -53,7 +56,8 @@ EMBEDDING_MODEL: str | None = None  # sentence-transformers model, e.g. BAAI/bge
 # Tasks of lm-evaluation-harness, e.g. arc_easy,gsm8k, or a folder with tasks of your own: pip install lm_eval
 BENCHMARKS: list[str] | None = None  # further tasks to compare the models on, with commas between them; none: no task
 BENCHMARK_SAMPLES: Annotated[int | None, "x >= 1"] = None  # only so many items of each task; none: all
-JUDGE: str | None = None  # openai:<base_url>#<model> or reward:<model>; none: helpfulness is not measured
+# human: you judge in the terminal, human:page: in your browser; forty prompts take about a quarter of an hour.
+JUDGE: str | None = None  # human, human:page, openai:<base_url>#<model> or reward:<model>; none: not judged
 
 # --- statistics
 RESAMPLES: Annotated[int, "2000 <= x <= 1_000_000"] = 10000  # bootstrap samples of an interval, sign flips of a test
@@ -74,13 +78,12 @@ if __name__ == "__main__":
     hub.go_online(MODEL_NAME, hub.text_name(GENERAL_TEXT), EMBEDDING_MODEL, reward)
 
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedModel
 
 from configs import chat, device, handover, models, state
 from configs.ending import say_done
-from configs.evaluation import benchmarks, history, metrics, pictures
+from configs.evaluation import benchmarks, history, metrics, person, pictures
+from configs.evaluation.asking import answer_one, answer_prompts, ask, known_format
 from configs.evaluation.candidates import (
     TRAINED,
     Candidate,
@@ -98,7 +101,6 @@ from configs.evaluation.judge import RewardJudge, ServerJudge, judge_problems, j
 from configs.evaluation.recommendation import forgot, recommend, told
 from configs.evaluation.report import (
     Note,
-    as_text,
     load_words,
     model_card_scores,
     records_of,
@@ -108,11 +110,11 @@ from configs.evaluation.report import (
     write_card,
     write_report,
 )
-from configs.evaluation.scoring import RowMetric, acting_as, answer, better_form, load_model, pieces, score
+from configs.evaluation.scoring import RowMetric, acting_as, better_form, load_model, pieces, score
 from configs.evaluation.statistics import blocks, compare, effective_number, holm, shaffer
+from configs.evaluation.talking import talk
 from configs.handover import PREPARE
 from configs.preparation.reading import general_text
-from configs.text import visible
 from configs.words import spoken
 
 # --- what is compared
@@ -143,7 +145,7 @@ METRICS = {
     "style_match": Metric("higher", "0 to 1", "test prompts", metrics.style_match),
     "embedding_similarity": Metric("higher", "-1 to 1", "test prompts", metrics.embedding_similarity),
     "well_formed": Metric("higher", "0 to 1", "test prompts", metrics.well_formed),
-    # a judge's verdicts against the reference; without a judge there is none
+    # a judge's verdicts against the reference, or a person's against the other models; else there is none
     "helpfulness": Metric("higher", "win rate, 0 to 1", "test prompts", None),
     "forgetting": Metric("lower", "nats per token", "general text", metrics.likelihood),
 }
@@ -266,32 +268,21 @@ def measure(
     return Measured(nll, form, pairs[form], answers, scored_text, tasks)
 
 
-def ask(candidate: Candidate, prompt: list[dict], form: str) -> list[int]:
-    """Token ids of a prompt in the "chat" or the "plain" form."""
-    return (chat.plain_prompt if form == "plain" else chat.chat_prompt)(candidate.tokenizer, prompt)
-
-
-def answer_prompts(
-    settings, candidate: Candidate, model: PreTrainedModel, prompt_ids: list, batch: int | None
-) -> list:
-    """The model's {answer, stopped} to each prompt. batch: prompts answered at once, None is prompt_budget()."""
-    tokenizer = candidate.tokenizer
-    ends = sorted({tokenizer.eos_token_id, chat.answer_end(tokenizer)})
-    decoding = (settings.MAX_NEW_TOKENS, batch, candidate.label, settings.TEMPERATURE, settings.SEED)
-    return answer(model, tokenizer, prompt_ids, ends, *decoding)
-
-
 def judge_answers(settings, held_out: HeldOut, measured: dict[str, Measured]) -> dict | None:
     """What the judge says, None without one; sets `verdicts` of each model."""
     if not settings.JUDGE:
         return None
     kind, _, rest = settings.JUDGE.partition(":")
     path = Path(settings.REPORT_DIR) / "judge_verdicts.jsonl"
-    judge = RewardJudge(rest) if kind == "reward" else ServerJudge(*rest.split("#", 1), path)
     texts = {label: m.texts for label, m in measured.items() if m.answers is not None}
-    opinion = judged(settings, judge, held_out, texts, PAIRS)
-    for label, rates in opinion["against_reference"].items():
-        measured[label].verdicts = rates["outcomes"]
+    if kind == "human":
+        opinion, verdicts = person.judged(settings, held_out, texts, PAIRS, path)
+    else:
+        judge = RewardJudge(rest) if kind == "reward" else ServerJudge(*rest.split("#", 1), path)
+        opinion = judged(settings, judge, held_out, texts, PAIRS)
+        verdicts = {label: rates["outcomes"] for label, rates in opinion["against_reference"].items()}
+    for label, outcomes in verdicts.items():
+        measured[label].verdicts = outcomes
     for rates in (opinion["shuffled"], *opinion["against_reference"].values(), *opinion["between_models"]):
         rates.pop("outcomes")
     return opinion
@@ -408,41 +399,12 @@ def with_embedder(settings, held_out: HeldOut) -> HeldOut:
     return replace(held_out, embed=lambda texts: model.encode(texts, normalize_embeddings=True, convert_to_numpy=True))
 
 
-# --- one question instead of a comparison
-
-
-def answer_one(settings, candidates: list[Candidate]) -> None:
-    """Print every model's answer to PROMPT side by side; no result is written."""
-    prompt = [{"role": "user", "content": settings.PROMPT}]
-    for candidate in candidates:
-        if marks := [mark for mark in chat.markers(candidate.tokenizer) if mark in settings.PROMPT]:
-            fail(f"PROMPT contains {marks[0]!r}, which would pose as another turn; leave it out")
-    words, grid, answers = load_words(settings.REPORT_LANGUAGE), Table(), []
-    dtype = device.scoring_precision(settings.PRECISION)
-    for _, group in groupby(candidates, key=lambda candidate: candidate.weights):
-        group = [candidate for candidate in group if not candidate.is_control]
-        model = load_model(group, dtype, settings.MODEL_REVISION)
-        for candidate in group:
-            # a base model that has no template of its own was never shown one
-            untaught = not candidate.taught and chat.is_our_template(candidate.tokenizer)
-            ids = ask(candidate, prompt, "plain" if untaught else "chat")
-            chat.check_lengths(model, [ids], "PROMPT", "a shorter one")
-            with acting_as(model, candidate):
-                (record,) = answer_prompts(settings, candidate, model, [ids], 1)
-            grid.add_column(Text(words.get(candidate.label, candidate.label)), ratio=1)
-            cut = "" if record["stopped"] else f" [{words['cut_off']}]"
-            answers.append(Text(visible(record["answer"]) + cut))
-        del model
-    grid.add_row(*answers)
-    say(as_text(grid))
-
-
 # --- all together
 
 
 def problems(settings) -> list[str]:
     """What is wrong with EMBEDDING_MODEL, PROMPT and JUDGE, before any model is loaded."""
-    found = []
+    found = ["CHAT and PROMPT cannot both be set; leave one out"] if settings.CHAT and settings.PROMPT else []
     if settings.EMBEDDING_MODEL:
         found += hub.check_model(settings.EMBEDDING_MODEL, flag="EMBEDDING_MODEL")
     if settings.PROMPT is not None and settings.PROMPT.encode("utf-8", "replace").decode() != settings.PROMPT:
@@ -488,20 +450,22 @@ def main() -> None:
     settings = replace(settings, REPORT_LANGUAGE=spoken(settings.REPORT_LANGUAGE))
     if wrong := problems(settings):
         fail(*wrong)
-    manifest = handover.read_manifest(settings.DATA_DIR)
+    asked = settings.CHAT or settings.PROMPT is not None
+    manifest = {} if asked else handover.read_manifest(settings.DATA_DIR)
     candidates, notes = find_candidates(settings)
-    words, prompt_format = load_words(settings.REPORT_LANGUAGE), manifest["settings"]["PROMPT_FORMAT"]
+    words = load_words(settings.REPORT_LANGUAGE)
     for note in notes:
         say(f"{words['note']}: {sentence(note, words)}")
-    if settings.PROMPT is not None:
-        return answer_one(settings, load_tokenizers(candidates, settings, prompt_format))
+    if asked:  # which needs no data
+        candidates = load_tokenizers(candidates, settings, known_format(settings.DATA_DIR))
+        return talk(settings, candidates) if settings.CHAT else answer_one(settings, candidates)
     trained = [Path(candidate.own_folder).parent for candidate in candidates if candidate.log]
     general = not_replayed(general_text(settings.GENERAL_TEXT), settings.GENERAL_TEXT, trained)
     with handover.lock(settings.REPORT_DIR):
         # --- measure
         made_from = state.made_from(vars(settings))  # before: a training may end while this runs
         held_out = load_held_out(settings, manifest)
-        candidates = load_tokenizers(candidates, settings, prompt_format)
+        candidates = load_tokenizers(candidates, settings, manifest["settings"]["PROMPT_FORMAT"])
         measured = measure_all(settings, candidates, held_out, general)
         if not main_process():
             return device.leave()  # one process has all results, and writes them

@@ -103,7 +103,7 @@ def done_before(script: Path, given: list[str]) -> str:
     from configs import state
 
     settings = resolved(script, given)
-    if RERUN or any(settings.get(name) for name in ("PLAN_ONLY", "PROMPT", "DRY_RUN")):
+    if RERUN or any(settings.get(name) for name in ("PLAN_ONLY", "PROMPT", "CHAT", "DRY_RUN")):
         return ""
     known = state.of_step(SECTIONS[script.name], state.as_asked(settings, given))
     why = known.zh if spoken(LANGUAGE) == "zh" else known.why
@@ -174,10 +174,11 @@ def run_steps(steps: list[int], words: dict, flags: dict[str, list[str]], last: 
             print(f"\n{words['failed'].format(n=number, code=code)}", file=sys.stderr)
             print(f"  {command(__file__, '--steps', left)}", file=sys.stderr)
             sys.exit(code)
-        if number == 1 and resolved(script, given)["DRY_RUN"]:
+        values = resolved(script, given) if number else {}
+        if values.get("DRY_RUN"):
             sys.exit(0)  # nothing was written for the steps to come
-        if number:
-            state.note_seconds(SECTIONS[script.name], resolved(script, given), times[-1][2])
+        if number and not (values.get("PROMPT") or values.get("CHAT")):
+            state.note_seconds(SECTIONS[script.name], values, times[-1][2])
     if last:
         print(f"\n{words['done'].format(seconds=time.monotonic() - began)}")
     for number, what, seconds in times if last else ():
@@ -211,7 +212,8 @@ def open_menu() -> None:
             run_steps(what, words, flags)
         elif action == "ask":
             script = ROOT / SCRIPTS[3]
-            run([sys.executable, str(script), *in_language(script, flags["evaluate"]), f"--prompt={what}"])
+            how = f"--prompt={what}" if what else "--chat"
+            run([sys.executable, str(script), *in_language(script, flags["evaluate"]), how])
         else:
             run_steps([1], words, flags, last=False)
             try:

@@ -171,7 +171,7 @@ class Menu:
     def choose(self, show: bool = True) -> tuple[str, object]:
         """Show the menu and obey until something is to be run.
 
-        Returns ("steps", [2, 3]), ("sweep", its question or True), ("ask", question) or ("quit", None).
+        Returns ("steps", [2, 3]), ("sweep", its question or True), ("ask", a question or "") or ("quit", None).
         """
         while True:
             if show:
@@ -260,13 +260,12 @@ class Menu:
         return self.sweep.why.partition(":")[0] if self.sweep.kind == "interrupted" else True
 
     def question(self, rest: str) -> tuple[str, object] | bool:
-        """Ask all models one question, where there is a model."""
+        """Ask all models one question, or open the chat with them, where there is a model."""
         folders = {method: Path(self.values[method]["OUTPUT_DIR"]) for method in ("lora", "full")}
         if not any(state.has_weights(path / state.final_folder(method)) for method, path in folders.items()):
             self.say("no_model")
             return False
-        question = rest or self.ask(self.words["question"])
-        return ("ask", question) if question else False
+        return "ask", rest
 
     # --- settings
 

@@ -56,6 +56,7 @@ class Run:
 
 _run: Run | None = None  # of this process
 _quiet = False  # QUIET of this run
+_aside = False  # PROMPT or CHAT of this run: stdout is for the answers, and what else is said goes to stderr
 # A line that is redrawn in place makes room for what is said meanwhile (configs/training/progress.py).
 beside_line: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
@@ -78,7 +79,7 @@ def is_quiet() -> bool:
     return _quiet
 
 
-def say(*words: object, always: bool = False) -> None:
+def say(*words: object, always: bool = False, to_stderr: bool = False) -> None:
     """Print one line, once per run however many processes there are; data in it cannot steer the terminal.
 
     With QUIET, only what begins with note:, warning: or error: is printed, and what is to be said `always`.
@@ -86,7 +87,7 @@ def say(*words: object, always: bool = False) -> None:
     text = visible(redact(" ".join(map(str, words))))
     if main_process() and (always or not _quiet or text.startswith(("note: ", "warning: ", "error: "))):
         with beside_line():
-            print(translated(text), flush=True)
+            print(translated(text), flush=True, file=sys.stderr if to_stderr or _aside else sys.stdout)
 
 
 def fail(*problems: object) -> NoReturn:
@@ -235,7 +236,7 @@ def override(constants: dict, argv: list[str] | None = None, check: Callable[[di
     would be, and returns a sentence for each problem. They are shown with the others:
     `override(globals(), check=lambda values: check_model(values["MODEL_NAME"]))`.
     """
-    global _run, _quiet
+    global _run, _quiet, _aside
     script, known, argv = _begin(constants, argv)
     problems = []
 
@@ -264,6 +265,7 @@ def override(constants: dict, argv: list[str] | None = None, check: Callable[[di
             constants[name] = changed[name] = value
             told.setdefault(source.partition(", section ")[0], []).append(f"{name} = {value!r}")
     _quiet = bool(constants.get("QUIET"))
+    _aside = bool(constants.get("PROMPT") or constants.get("CHAT"))
     if told:
         say("settings: " + "; ".join(f"{', '.join(changes)} ({source})" for source, changes in told.items()))
     _run = Run(script, preset, {flag.constant.name.lower(): flag.typed for flag in flags})

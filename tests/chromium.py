@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,8 +64,10 @@ class Tab:
             raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
 
-    def open(self, address: str) -> None:
-        """Load a page, and wait until its scripts have run."""
+    def open(self, address: str, width: int | None = None, dark: bool = False) -> None:
+        """Load a page, and wait until its scripts have run. width: the window's, where it is to change."""
+        if width:
+            self.look(width, dark=dark)
         self.events.clear()
         self.send("Page.navigate", url=address)
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
@@ -78,10 +81,33 @@ class Tab:
 
     def run(self, script: str) -> object:
         """The value of a JavaScript expression in the page; a page's policy does not hold for it."""
-        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True)
+        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"])
         return answer["result"].get("value")
+
+    def wait(self, expression: str, seconds: float = 20) -> object:
+        """The value of an expression once it is true."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if value := self.run(expression):
+                return value
+            time.sleep(0.05)
+        raise TimeoutError(f"{expression}: {self.run('document.body.innerText')!r}")
+
+    def press(self, key: str) -> None:
+        """One key, as from a keyboard."""
+        for kind in ("keyDown", "keyUp"):
+            text = {"text": key} if kind == "keyDown" and len(key) == 1 else {}
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, **text)
+
+    def click(self, selector: str) -> None:
+        """A click of the mouse in the middle of an element."""
+        box = self.run(f"JSON.stringify(document.querySelector({json.dumps(selector)}).getBoundingClientRect())")
+        box = json.loads(box)
+        at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "button": "left", "clickCount": 1}
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, **at)
 
     def picture(self, path: Path, whole: bool = True) -> None:
         """Save what the page looks like as a PNG file, for people."""

@@ -659,20 +659,21 @@ def test_a_setting_is_explained_in_chinese(folder):
 # --- ask, report, board
 
 
-def test_a_question_is_asked_of_the_models(folder):
+def test_ask_opens_the_chat_or_asks_one_question(folder):
     child, _ = opened(folder, *TOY)
     assert "there is no model to ask yet" in told(child, "ask")
+    assert "there is no model to ask yet" in told(child, "ask Why?")
     pretend(folder, "prepare", "lora")
-    child.sendline("ask")
-    child.expect_exact(TEXTS["en"]["question"])
-    child.sendline("What's an ETF?")
-    child.expect_exact(TEXTS["en"]["prompt"])
-    assert "Machine" not in told(child, "ask Why --yes?")  # the answers stay in sight
-    first, second = calls(folder)
-    assert first["argv"] == ["--model_name=outputs/demo_base_model", "--prompt=What's an ETF?"]
-    assert second["step"] == "4" and second["argv"][-1] == "--prompt=Why --yes?"
+    assert "Machine" not in told(child, "ask")  # the answers stay in sight
+    assert "Machine" not in told(child, "ask Why --yes?")
+    told(child, "ask What's an ETF?")
+    chat, first, second = calls(folder)
+    assert chat["step"] == "4" and chat["argv"] == ["--model_name=outputs/demo_base_model", "--chat"]
+    assert first["step"] == "4" and first["argv"][-1] == "--prompt=Why --yes?" and "--chat" not in first["argv"]
+    assert second["argv"] == ["--model_name=outputs/demo_base_model", "--prompt=What's an ETF?"]
     behave(folder, _4=2)
     assert "Enter:" in told(child, "ask again")  # a question that fails ends nothing
+    assert "Enter:" in told(child, "ask")
     child.sendline("q")
     end(child)
 

@@ -18,10 +18,11 @@ from huggingface_hub.utils import httpx
 from tqdm.auto import tqdm
 
 from configs import chat, device, hub, models
+from configs.evaluation.keys import has_keys
 from configs.evaluation.metrics import Words
 from configs.evaluation.statistics import win_rate
 from configs.secrets import holds_secret, redact
-from configs.settings import say
+from configs.settings import command, say
 
 CONTROLS = 20  # answers that a judge compares with themselves
 ASKED_AT_ONCE = 8  # requests to a judge on a server
@@ -42,8 +43,13 @@ JUDGE_QUESTION = "<question>\n{q}\n</question>\n\n<answer_A>\n{a}\n</answer_A>\n
 
 def judge_problems(judge: str | None) -> list[str]:
     """What is wrong with JUDGE before anything is loaded."""
-    if judge is None:
+    if judge is None or judge == "human:page":
         return []
+    if judge == "human":
+        page = command("4_evaluate_compare.py", "--judge", "human:page")
+        return (
+            [] if has_keys() else [f"JUDGE human reads keys from a terminal, and there is none; take a page: {page}"]
+        )
     if judge.startswith("reward:") and judge[7:]:
         return hub.check_model(judge[7:], flag="JUDGE")
     if found := re.fullmatch(r"openai:(https?://[^#\s]+)#(\S+)", judge):
@@ -54,8 +60,8 @@ def judge_problems(judge: str | None) -> list[str]:
         mend = "start it, correct the address, or go without: --judge none"
         return [f"JUDGE {judge!r}: the server does not answer ({error}); {mend}"] if error else []
     return [
-        f"JUDGE is {judge!r}; give openai:<base_url>#<model>, e.g. openai:http://127.0.0.1:8000/v1#my-judge, or "
-        "reward:<model>, or none"
+        f"JUDGE is {judge!r}; give human, human:page, openai:<base_url>#<model>, e.g. "
+        "openai:http://127.0.0.1:8000/v1#my-judge, reward:<model>, or none"
     ]
 
 
@@ -287,6 +293,17 @@ def bouts_of(judge: Callable, name: str, questions: list[str], a: list[str], b: 
     }
 
 
+def rated(settings, found: dict, a: list[str], b: list[str], groups: list) -> dict:
+    """What was found of a against b, as bouts_of returns it, with the statistics of statistics.win_rate."""
+    words, known = Words(), np.flatnonzero(~np.isnan(found["outcomes"]))
+    longer = np.array([len(words.tokenize(a[i])) - len(words.tokenize(b[i])) for i in known], float)
+    some = {"wins": 0, "ties": 0, "losses": 0, "n": 0, "win_rate": None, "ci95": None}
+    if len(known):
+        of = [groups[i] for i in known]
+        some = win_rate(found["outcomes"][known], longer, of, settings.RESAMPLES, settings.SEED)
+    return {**some, **found}
+
+
 def judged(settings, judge: Callable, held_out, answers: dict[str, list[str]], pairs: list[tuple[str, str]]) -> dict:
     """All that a judge says: controls, each model against the reference, the models against one another.
 
@@ -297,17 +314,10 @@ def judged(settings, judge: Callable, held_out, answers: dict[str, list[str]], p
     """
     questions = ["\n\n".join(m["content"] for m in p["prompt"]) for p in held_out.prompts]
     references, groups = held_out.references, held_out.prompt_groups
-    n, words = len(references), Words()
+    n = len(references)
 
     def rates(name: str, a: list[str], b: list[str]) -> dict:
-        found = bouts_of(judge, name, questions, a, b)
-        there = np.flatnonzero(~np.isnan(found["outcomes"]))
-        longer = np.array([len(words.tokenize(a[i])) - len(words.tokenize(b[i])) for i in there], float)
-        some = {"wins": 0, "ties": 0, "losses": 0, "n": 0, "win_rate": None, "ci95": None}
-        if len(there):
-            of = [groups[i] for i in there]
-            some = win_rate(found["outcomes"][there], longer, of, settings.RESAMPLES, settings.SEED)
-        return {**some, **found}
+        return rated(settings, bouts_of(judge, name, questions, a, b), a, b, groups)
 
     few = min(n, CONTROLS)
     same = bouts_of(judge, "identical", questions[:few], references[:few], references[:few])

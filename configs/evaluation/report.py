@@ -191,6 +191,7 @@ def summary_table(results: dict, words: dict) -> str:
     grid.add_column("")
     for name in models:
         grid.add_column(words.get(name, name), justify="right", no_wrap=True)
+    by_person = results["judge"] and results["judge"]["judge"].startswith("human")
     lines = [("perplexity", "perplexity", ".2f"), ("bits_per_byte", "bits_per_byte", ".3f")]
     lines += [(key, key, ".3f") for key in ("answer_quality", "style_match", "well_formed")]
     if "embedding_similarity" in models["base"]:
@@ -198,6 +199,7 @@ def summary_table(results: dict, words: dict) -> str:
     for label, key, form in lines:
         grid.add_row(words[label], *(f"{m[key]:{form}}" for m in models.values()))
     if all(m["helpfulness"] is not None for m in models.values()):
-        grid.add_row(words["helpfulness_judge"], *(f"{m['helpfulness']:.3f}" for m in models.values()))
+        label = words["helpfulness_human" if by_person else "helpfulness_judge"]
+        grid.add_row(label, *(f"{m['helpfulness']:.3f}" for m in models.values()))
     grid.add_row(words["stopped"], *(f"{m['answers']['stopped']:.0%}" for m in models.values()))
     return as_text(grid, 100)

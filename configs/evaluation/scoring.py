@@ -303,6 +303,40 @@ class OwnDraw(LogitsProcessor):
 
 
 @torch.inference_mode()
+def continued(
+    model: PreTrainedModel,
+    tokenizer,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    ends: list[int],
+    limit: int,
+    draws: list[LogitsProcessor],
+    **more: object,
+) -> list[dict]:
+    """The {answer, stopped} to each row of `ids`, shape (rows, width), padded on the left; mask: 0 where it is padded.
+
+    ends: ids that end an answer; draws: [] for greedy answers; more: for the model's `generate`, such as a streamer.
+    """
+    width = ids.shape[1]
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=min(limit, chat.positions(model.config) - width),
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        logits_processor=LogitsProcessorList(draws),
+        **more,
+    )[:, width:].tolist()
+    found = []
+    for tokens in output:
+        stop = next((n for n, token in enumerate(tokens) if token in ends), None)
+        text = tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
+        found.append({"answer": text, "stopped": stop is not None})
+    return found
+
+
+@torch.inference_mode()
 def answer(
     model: PreTrainedModel,
     tokenizer,
@@ -331,21 +365,7 @@ def answer(
             ids[line, width - lengths[i] :] = torch.tensor(prompts[i])
             mask[line, width - lengths[i] :] = 1
         draws = [OwnDraw([seed + i for i in batch], temperature, model.device)] if temperature else []
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=min(limit, chat.positions(model.config) - width),
-            eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id,
-            do_sample=False,
-            logits_processor=LogitsProcessorList(draws),
-        )[:, width:].tolist()
-        found = []
-        for tokens in output:
-            stop = next((n for n, token in enumerate(tokens) if token in ends), None)
-            text = tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
-            found.append({"answer": text, "stopped": stop is not None})
-        return found
+        return continued(model, tokenizer, ids, mask, ends, limit, draws)
 
     def work(items: list[int]) -> dict[int, object]:
         return in_batches(items, sizes, size, "prompts", of_batch, f"answering {label}")
