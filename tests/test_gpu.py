@@ -276,8 +276,8 @@ def test_a_killed_run_goes_on_to_the_same_losses(trainings, fresh, prepared, met
     process = subprocess.Popen(command, cwd=work, env=environment(), stdin=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 600
-        # the Trainer writes this file last, so the checkpoint is complete
-        while not list(work.glob("outputs/*/checkpoint-10/trainer_state.json")):
+        # this file is written last: with it the checkpoint is complete
+        while not list(work.glob("outputs/*/checkpoint-10/manifest.json")):
             assert process.poll() is None and time.monotonic() < end, "it ended before it could be killed"
             time.sleep(0.01)
     finally:

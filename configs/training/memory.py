@@ -216,7 +216,7 @@ def _make_plan(settings, config, dtype: torch.dtype, length: int, adapter, free:
             f"machine has {implementation}; install what is missing, or start afresh: --resume false"
         )
     packed, why_packed = packing(settings.PACKING, implementation)
-    sizes, lora = Sizes(config, adapter, dtype, length), adapter is not None
+    sizes, lora = Sizes(config, adapter, dtype, length, planned_for_gpu(settings)), adapter is not None
     rows = settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS
     ladder = rungs(settings, dtype, lora)
     if before:
@@ -271,9 +271,14 @@ def _make_plan(settings, config, dtype: torch.dtype, length: int, adapter, free:
     return plan
 
 
+def planned_for_gpu(settings) -> bool:
+    """Whether a GPU will train: this machine has one, or DEVICE_MEMORY_GB describes one."""
+    return settings.DEVICE_MEMORY_GB is not None or torch.cuda.is_available()
+
+
 def rungs(settings, dtype: torch.dtype, lora: bool) -> list[tuple[bool, str, bool]]:
     """(gradient checkpointing, optimizer, bf16 weights) from the fastest to what needs the least memory."""
-    gpu = settings.DEVICE_MEMORY_GB is not None or torch.cuda.is_available()
+    gpu = planned_for_gpu(settings)
     plain = "adamw_torch_fused" if settings.OPTIM == "auto" else settings.OPTIM
     checkpoints = [False, True] if settings.GRADIENT_CHECKPOINTING == "auto" else [settings.GRADIENT_CHECKPOINTING]
     ladder = [(on, plain, False) for on in checkpoints]
@@ -340,7 +345,8 @@ def ways_out(
     # the same run as LoRA over 4 bits, whatever it is now
     as_lora = SimpleNamespace(**{**vars(settings), "LORA_R": 16, "USE_4BIT": True, "USE_DEEPSPEED": False})
     if not lora:
-        small = Sizes(config, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"), dtype, length)
+        adapted = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+        small = Sizes(config, adapted, dtype, length, planned_for_gpu(settings))
         offer(f"LoRA over 4 bits: {command(LORA)}", least(small, as_lora, True))
         as_lora.USE_4BIT = False
         offer(f"LoRA over 16 bits: {command(LORA, '--use_4bit', 'false')}", least(small, as_lora, True))
@@ -355,7 +361,7 @@ def ways_out(
     # activations grow with the row, so shorter ones help where weights leave some room
     for shorter in (512, 256, 128):
         if shorter < length:
-            needed = least(Sizes(config, adapter, dtype, shorter), settings)
+            needed = least(Sizes(config, adapter, dtype, shorter, sizes.gpu), settings)
             if needed <= free:
                 offer(f"rows of up to {shorter} tokens: --max_length {shorter}", needed)
                 break

@@ -1,6 +1,7 @@
 """What a model consists of: its parameters, and the activations that training keeps, counted before it is loaded."""
 
 import copy
+import functools
 import re
 
 import torch
@@ -35,15 +36,20 @@ def adapt(model, adapter):
         )
 
 
+def _masked(values: torch.Tensor, p: float) -> torch.Tensor:
+    return torch.native_dropout(values, p, True)[0]
+
+
 class Sizes:
     """Parameters of a model, and bytes of its activations, from its configuration and the adapter's alone.
 
     Activations are counted, not estimated: a model of one and of two layers runs forward on tensors without storage
     (torch's FakeTensorMode), and what autograd keeps is added up, at two lengths, so that what grows with the rows is
-    told from what does not.
+    told from what does not. gpu: whether the training runs on one, whose dropout keeps a byte a value.
     """
 
-    def __init__(self, config, adapter, dtype: torch.dtype, length: int):
+    def __init__(self, config, adapter, dtype: torch.dtype, length: int, gpu: bool = False):
+        self.gpu = gpu
         # fp16's attention is computed in fp32 and keeps more; flash attention cannot run without storage
         self.fp32_attention = device.attention(dtype) == "sdpa_fp32"
         with init_empty_weights(include_buffers=True):
@@ -89,6 +95,9 @@ class Sizes:
                 model = adapt(model, adapter).get_base_model()
         model = model.base_model.train()
         device.fuse_gelu(model)  # as the trainer does
+        for module in model.modules() if self.gpu else ():
+            if isinstance(module, torch.nn.Dropout) and module.p:  # CUDA keeps a mask of bytes, the CPU the noise
+                module.forward = functools.partial(_masked, p=module.p)
         with FakeTensorMode():
             tensors = {}
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):

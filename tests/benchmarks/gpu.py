@@ -259,7 +259,11 @@ class Bench:
         """Tokens per second of `trl sft`: its defaults, with ROWS rows a step, one epoch, and no checkpoints."""
         place = self.work / "trl-run"
         shutil.rmtree(place, ignore_errors=True)
-        command = [Path(sys.executable).with_name("trl"), "sft", "--model_name_or_path", self.model, "--dataset_name"]
+        paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        program = shutil.which("trl", path=paths)
+        if not program:
+            raise Failed("the command trl is not installed beside this python, nor on PATH")
+        command = [program, "sft", "--model_name_or_path", self.model, "--dataset_name"]
         command += [self.work / "trl", "--output_dir", place, *METHODS[method][2], "--num_train_epochs", 1]
         command += ["--gradient_accumulation_steps", ROWS // 8, "--save_strategy", "no", "--report_to", "none"]
         # the frozen base in 16 bits, as step 2 holds it; for full fine-tuning the default, fp32 masters
