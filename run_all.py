@@ -157,7 +157,7 @@ def run_steps(steps: list[int], words: dict, flags: dict[str, list[str]], last: 
     model, told = DEMOS.get(PRESET, (None, []))
     if model and not other_model and not (model / "config.json").exists():
         plan.insert(0, (0, words["demo_model"], ROOT / "configs" / "demo" / "base_model.py", told))
-    if DEMO and words["other_demo"]:
+    if DEMO and spoken(LANGUAGE) == "zh":
         print(words["other_demo"].format(command=f"python {os.path.relpath(__file__)} --preset demo_zh --yes"))
     began, times, gpus = time.monotonic(), [], count_gpus()
     for number, what, script, given in plan:

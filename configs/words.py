@@ -8,7 +8,7 @@ TEXTS = {
         "steps": ["prepare the data", "LoRA fine-tuning", "full fine-tuning", "evaluate and compare"],
         "no_terminal": "there is no terminal to ask which steps to run; say so: --yes (all) or --steps 1,2",
         "demo_model": "the demo's base model (made once)",
-        "other_demo": "",
+        "other_demo": "note: this demo is in English; the demo in Chinese: {command}",
         "nothing": "Nothing was run.",
         "failed": "step {n} ended with exit code {code}; when the cause is mended, go on with:",
         "sweep": "Begin? (Enter: yes; n: no) ",
