@@ -48,8 +48,7 @@ MERGE_ADAPTER = False  # also write merged_model, the 16-bit base with the adapt
 LEARNING_RATE: Annotated[float, "x > 0"] = 2e-4  # peak learning rate; LoRA's is about ten times full fine-tuning's
 NUM_EPOCHS: Annotated[float, "x > 0"] = 3.0  # passes over the training rows
 MAX_STEPS: Annotated[int | None, "x >= 1"] = None  # stop after this many optimizer steps; none: run NUM_EPOCHS
-# 4 x 4 rows a step, the 16 of 3_full_finetuning.py: both methods take the same steps over the same rows. How many of
-# them a forward pass holds is the memory plan's choice, which changes no sum.
+# 4 x 4 rows a step, the 16 of 3_full_finetuning.py: both methods take the same steps over the same rows.
 BATCH_SIZE: Annotated[int, "x >= 1"] = 4  # times GRADIENT_ACCUMULATION_STEPS: rows an optimizer step, over all devices
 GRADIENT_ACCUMULATION_STEPS: Annotated[int, "x >= 1"] = 4  # times BATCH_SIZE: rows an optimizer step
 WARMUP_RATIO: Annotated[float, "0 <= x < 1"] = 0.03  # share of all steps in which the learning rate rises to its peak
@@ -89,10 +88,11 @@ QUIET = False  # show only the first and the last line, warnings and errors
 
 # --- output
 OUTPUT_DIR = "outputs/lora_model"  # checkpoints, training_log.json, TensorBoard events and the final adapter
+PUSH_TO_HUB: str | None = None  # upload the final adapter to the Hub as owner/name, private if new; none: no
 
 if __name__ == "__main__":
     override(globals(), check=hub.model_problems)
-    hub.go_online(MODEL_NAME, hub.text_name(REPLAY_TEXT))  # before the imports below: the libraries read its answer
+    hub.go_online(MODEL_NAME, hub.text_name(REPLAY_TEXT), push=PUSH_TO_HUB)  # before the imports: they read its answer
 
 import torch
 from peft import LoraConfig
@@ -104,9 +104,10 @@ from configs.training.before import meet, model_config, preflight, problems
 from configs.training.export import merge_adapter, save_final
 from configs.training.memory import Plan, make_plan
 from configs.training.progress import callbacks
+from configs.training.push import finish
 from configs.training.replay import with_replay
 from configs.training.resume import make_room, where_to_start
-from configs.training.runlog import RunLog, finish, run
+from configs.training.runlog import RunLog, run
 from configs.training.trainer import ExactTrainer, token_rows
 
 

@@ -57,7 +57,8 @@ from configs.menu import Menu
 from configs.screen import Settings, show_status
 
 SCRIPTS = list(SECTIONS)
-DEMO_MODEL = Path("outputs/demo_base_model")
+# The base model of each demo, and what configs/demo/base_model.py is told to make it.
+DEMOS = {"demo": (Path("outputs/demo_base_model"), []), "demo_zh": (Path("outputs/demo_base_model_zh"), ["zh"])}
 
 
 def run(command: list[str], last: bool = True) -> int:
@@ -123,7 +124,7 @@ def sweep(words: dict, flags: dict[str, list[str]], gpus: int, question: bool | 
     """Do the sweep on the data that are there; its exit code."""
     from configs.comparison.sweep import run_sweep
 
-    demo = PRESET == "demo"
+    demo = PRESET in DEMOS
     settings = SimpleNamespace(
         SWEEP=question,
         SWEEP_DIR=SWEEP_DIR,
@@ -154,8 +155,11 @@ def run_steps(steps: list[int], words: dict, flags: dict[str, list[str]], last: 
 
     plan = [(n, words["steps"][n - 1], ROOT / SCRIPTS[n - 1], flags[SECTIONS[SCRIPTS[n - 1]]]) for n in steps]
     other_model = any(word.startswith("--model_name=") for given in flags.values() for word in given)
-    if PRESET == "demo" and not other_model and not (DEMO_MODEL / "config.json").exists():
-        plan.insert(0, (0, words["demo_model"], ROOT / "configs" / "demo" / "base_model.py", []))
+    model, told = DEMOS.get(PRESET, (None, []))
+    if model and not other_model and not (model / "config.json").exists():
+        plan.insert(0, (0, words["demo_model"], ROOT / "configs" / "demo" / "base_model.py", told))
+    if DEMO and spoken(LANGUAGE) == "zh":
+        print(words["other_demo"].format(command=f"python {os.path.relpath(__file__)} --preset demo_zh --yes"))
     began, times, gpus = time.monotonic(), [], count_gpus()
     for number, what, script, given in plan:
         if number and (why := done_before(script, given)):
@@ -227,6 +231,12 @@ def open_menu() -> None:
 def main(flags: dict[str, list[str]]) -> None:
     """Run the steps that STEPS or YES name, the sweep, `status` or the menu; `flags` are {section: its argv}."""
     words = TEXTS[spoken(LANGUAGE)]
+    names = [resolved(ROOT / SCRIPTS[n], flags[SECTIONS[SCRIPTS[n]]])["PUSH_TO_HUB"] for n in (1, 2)]
+    if names[0] and names[0] == names[1]:
+        fail(
+            f"--push_to_hub {names[0]} is for both models, and one would replace the other; give each a name of its "
+            f"own: --lora.push_to_hub {names[0]}-lora --full.push_to_hub {names[0]}-full"
+        )
     if asked:
         show_status(in_force(flags), asked == "json", command)
     elif SWEEP is not False:

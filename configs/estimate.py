@@ -45,7 +45,7 @@ DECODING = 0.03  # seconds of a generated token on a GPU, for a whole batch
 FULL_GPU, FULL_CPU = 7.2, 16.0  # bytes a parameter that full fine-tuning takes: bf16 weights on a GPU; fp32 with AdamW
 HOUR = 3600.0
 # Of models that are not on this machine yet; else the name says it (7b, 360M).
-KNOWN = {"microsoft/phi-2": 2.78e9, "outputs/demo_base_model": 1.7e6}
+KNOWN = {"microsoft/phi-2": 2.78e9, "outputs/demo_base_model": 1.7e6, "outputs/demo_base_model_zh": 1.7e6}
 START = 10.0  # seconds until the libraries are imported and the model is loaded
 
 

@@ -91,11 +91,11 @@ def cached(name: str) -> bool:
     return any((hub / f"{kind}--{folder}" / "snapshots").is_dir() for kind in ("models", "datasets"))
 
 
-def go_online(*names: str | None) -> None:
+def go_online(*names: str | None, push: str | None = None) -> None:
     """Decide within seconds whether the Hub can be asked for `names`; the libraries would retry for minutes.
 
     Sets HF_HUB_OFFLINE=1 when nothing is to be fetched, or when nobody answers but the cache holds everything. Call it
-    before transformers or datasets are imported: they read it once.
+    before transformers or datasets are imported: they read it once. push: where the result is to be uploaded.
     Raises: SystemExit(2) when a name is neither cached nor to be had, or a time-out is no number.
     """
     wanted = [name for name in names if name and is_hub_name(name)]
@@ -105,14 +105,16 @@ def go_online(*names: str | None) -> None:
     reason = ""
     if is_offline():
         reason = "HF_HUB_OFFLINE is set"
-    elif wanted and (error := probe(endpoint())):
+    elif (wanted or push) and (error := probe(endpoint())):
         reason = f"{endpoint()} cannot be reached ({error})"
     missing = [name for name in wanted if reason and not cached(name)]
     if missing:
         fail(f"{' and '.join(missing)} cannot be fetched: {reason}; {WAYS_OUT}")
+    if push and reason:
+        fail(f"nothing can be uploaded to {push} (PUSH_TO_HUB): {reason}; train without it: --push_to_hub none")
     if wanted and reason:
         say(f"note: {reason}; using what an earlier run has cached")
-    if reason or not wanted:
+    if reason or not (wanted or push):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -282,7 +284,8 @@ def check_model(name: str, revision: str | None = None, flag: str = "MODEL_NAME"
     path = local_path(name)
     if path is None:
         if name.startswith("outputs/demo_base_model"):
-            return [f"{flag} {name!r} is not made yet; make it with: python configs/demo/base_model.py"]
+            chinese = " zh" * name.endswith("_zh")
+            return [f"{flag} {name!r} is not made yet; make it with: python configs/demo/base_model.py{chinese}"]
         if looks_like_path(name):
             return [f"{flag} {quoted(name)}: there is no such folder; give a Hub name or a folder with a config.json"]
         return name_problems(flag, name)
@@ -301,4 +304,20 @@ def model_problems(settings: dict) -> list[str]:
         elif flag.endswith("_TEXT"):
             name = text_name(name)
         wrong += name_problems(flag, name)
-    return wrong
+    return wrong + push_problems(settings.get("PUSH_TO_HUB"))
+
+
+def push_problems(name: str | None) -> list[str]:
+    """What is wrong with uploading to a name, as far as it is seen without asking the Hub: [] or one sentence."""
+    if name is None:
+        return []
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) or re.search(r"--|\.\.|\.git$", name):
+        wanted = f"me/{name}" if "/" not in name else "me/my-model"
+        return [f"PUSH_TO_HUB is {quoted(name)}; give the owner and a name, e.g. --push_to_hub {wanted[:60]}"]
+    if is_offline():
+        return [f"PUSH_TO_HUB is {name!r}, but HF_HUB_OFFLINE is set; unset it, or train without: --push_to_hub none"]
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    kept = Path(os.environ.get("HF_TOKEN_PATH", home / "token")).expanduser()
+    if not os.environ.get("HF_TOKEN") and not kept.exists():
+        return [f"PUSH_TO_HUB is {name!r}, and there is no token; make one with write access and run `hf auth login`"]
+    return []

@@ -116,7 +116,8 @@ class Menu:
         """A model's or a data set's name, and whether it is missing on this machine."""
         if hub.is_hub_name(name) or hub.local_path(name):
             return name
-        return self.words["made_first" if name == "outputs/demo_base_model" else "not_there"].format(name=name)
+        made_here = name.startswith("outputs/demo_base_model")
+        return self.words["made_first" if made_here else "not_there"].format(name=name)
 
     def described(self) -> str:
         """The machine in a line."""

@@ -20,7 +20,7 @@ OUTSIDE = frozenset(
     MODEL_NAME MODEL_REVISION DATA_DIR OUTPUT_DIR BATCH_SIZE GRADIENT_ACCUMULATION_STEPS USE_DEEPSPEED DEEPSPEED_CONFIG
     PLAN_ONLY DEVICE_MEMORY_GB GRADIENT_CHECKPOINTING PACKING MAX_DROP_FRACTION LOGGING_STEPS EVAL_STEPS SAVE_STEPS
     SAVE_TOTAL_LIMIT EARLY_STOPPING_PATIENCE RESUME RERUN REPORT_TO MERGE_ADAPTER REPLAY_FRACTION REPLAY_TEXT
-    QUIET
+    QUIET PUSH_TO_HUB
     """.split()
 )
 # Of these, "auto" may be what the other value says: the memory plan of the checkpoint decides.
@@ -261,6 +261,8 @@ def of_training(settings: dict) -> Step:
         return Step("interrupted", f"at step {summary['steps']}", f"停在第 {summary['steps']} 步")
     if settings.get("MERGE_ADAPTER") and not has_weights(Path(output) / "merged_model"):
         return Step("out of date", "merged_model is not there", "缺少 merged_model", seconds=took)
+    if (name := settings.get("PUSH_TO_HUB")) and name not in log.get("pushed", {}):
+        return Step("out of date", f"not on the Hub as {name}", f"尚未上传到 Hub 的 {name}", seconds=took)
     loss, seconds = f"eval_loss {summary['eval_loss']:.4f}", summary["train_runtime_s"]
     words = f"{loss} in {spell(seconds)}", f"{loss}，用时 {spell(seconds, 'zh')}"
     return Step("done", *words, when=(Path(output) / "training_log.json").stat().st_mtime, seconds=took)

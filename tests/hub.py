@@ -2,11 +2,13 @@
 
 The libraries are not patched: a subprocess finds this server through HF_ENDPOINT and speaks to it as it
 would to huggingface.co, so what a user meets (typed errors, the cache, revisions) is met here as well.
-Only reading is offered; every attempt to write is answered with 403. Hub.faults makes it misbehave.
+Reading is offered to everybody, and writing to the users of Hub.users, into their own name; every other attempt to
+write is answered with 403. Hub.faults makes it misbehave.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -177,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             # Sent to us as to a proxy, hence meant for another host.
             raise _Refusal(403, f"{target} is not on the loopback hub")
         if target == "/api/whoami-v2":
-            raise _Refusal(401, "Invalid credentials in Authorization header")
+            return 200, json.dumps(self._user()).encode(), {"Content-Type": "application/json"}
         if target in ("/api/models", "/api/datasets"):
             search, author = query.get("search", [""])[0], query.get("author", [""])[0]
             names = [name for kind, name in self.server.hub.repos if target.endswith(kind)]
@@ -186,13 +188,62 @@ class _Handler(BaseHTTPRequestHandler):
         api = API.fullmatch(target)
         reads = self.command in ("GET", "HEAD") or (self.command == "POST" and api and api["call"] == "paths-info")
         if not reads:
-            raise _Refusal(403, "the loopback hub is read-only")
+            return 200, json.dumps(self._write(target, body)).encode(), {"Content-Type": "application/json"}
         if api:
             answer = self._api(api, query, parse_qs(body.decode()))
             return 200, json.dumps(answer).encode(), {"Content-Type": "application/json"}
         if resolve := RESOLVE.fullmatch(target):
             return self._file(resolve)
         raise _Refusal(404, "Not Found")
+
+    def _user(self) -> dict:
+        """Who asks, by the token; 401 for a token of nobody."""
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token not in self.server.hub.users:
+            raise _Refusal(401, "Invalid credentials in Authorization header")
+        return {"type": "user", "name": self.server.hub.users[token], "orgs": [{"name": "the-org"}], "auth": {}}
+
+    def _write(self, target: str, body: bytes) -> object:
+        """A repository made, or files of it received: whole in a commit, or apart from it as the Hub's LFS does."""
+        hub = self.server.hub
+        if target.startswith("/lfs/") and self.command == "PUT":  # the address itself is the permission
+            hub.large[target.removeprefix("/lfs/")] = body
+            return {}
+        if not hub.users:
+            raise _Refusal(403, "the loopback hub is read-only")
+        user = self._user()
+        if target == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        if target == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or user['name']}/{asked['name']}"
+            if ("models", name) in hub.repos:
+                raise _Refusal(409, "You already created this model repo")
+            hub.repos["models", name] = _Repo("models", name, False)
+            hub.private[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
+            hub._add("models", name, {".gitattributes": b"*.safetensors filter=lfs\n"}, False)
+            return {"url": f"{hub.url}/{name}", "id": "1", "name": name}
+        found = re.fullmatch(r"/(?:api/models/)?([^/]+/[^/]+?)(?:\.git)?/(preupload|commit|info)/(.+)", target)
+        if not found or found[1].partition("/")[0] not in (user["name"], "the-org"):
+            raise _Refusal(403, "You don't have the rights to do this")
+        name, call = found[1], found[2]
+        repo, commit = self._find("models", name, "main")
+        if call == "preupload":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {path: "lfs" if path.endswith(LFS_SUFFIXES) else "regular" for path in paths}
+            return {"files": [{"path": p, "uploadMode": modes[p], "shouldIgnore": False, "oid": None} for p in paths]}
+        if call == "info":
+            wanted = [{"oid": one["oid"], "size": one["size"]} for one in json.loads(body)["objects"]]
+            return {"objects": [w | {"actions": {"upload": {"href": f"{hub.url}/lfs/{w['oid']}"}}} for w in wanted]}
+        files = {path: file.data for path, file in repo.commits[commit].items()}
+        for line in map(json.loads, body.decode().splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = hub.large[value["oid"]]
+        commit = hub._add("models", name, files, False)
+        return {"commitUrl": f"{hub.url}/{name}/commit/{commit}", "commitOid": commit, "hookOutput": ""}
 
     def _find(self, kind: str, name: str, revision: str | None) -> tuple[_Repo, str]:
         """The repository and the commit id that a request means."""
@@ -219,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "sha": commit,
                 "lastModified": DATE,
                 "createdAt": DATE,
-                "private": False,
+                "private": self.server.hub.private.get(repo.name, False),
                 "gated": "manual" if repo.gated else False,
                 "disabled": False,
                 "downloads": 0,
@@ -325,7 +376,8 @@ class Hub:
     `requests` lists what was asked, oldest first, as "METHOD /path" without the query. A request that was meant for
     another host and that the proxy settings of env() brought here stands there as
     "METHOD http://host/path" or "CONNECT host:443"; see strays. `tokens` lists (the same, the Authorization header)
-    of those that had one. `faults`: what goes wrong, see Fault; the first that matches counts.
+    of those that had one. `faults`: what goes wrong, see Fault; the first that matches counts. `users`: {token: name}
+    of those who may write; `private`: {name of a repository that was made: whether it is private}.
     """
 
     url: str
@@ -335,6 +387,9 @@ class Hub:
         self.requests = []
         self.tokens: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
+        self.users: dict[str, str] = {}
+        self.private: dict[str, bool] = {}
+        self.large: dict[str, bytes] = {}
         self.closing = threading.Event()
         self.repos: dict[tuple[str, str], _Repo] = {}
         self._server = _Server(("127.0.0.1", 0), _Handler)

@@ -41,9 +41,11 @@ if behaviour:
     time.sleep(60)
 """
 BASE_MODEL = """
+import sys
 from pathlib import Path
-Path("outputs/demo_base_model").mkdir(parents=True)
-Path("outputs/demo_base_model/config.json").write_text("{}")
+folder = Path("outputs/demo_base_model" + "_zh" * (sys.argv[1:] == ["zh"]))
+folder.mkdir(parents=True)
+(folder / "config.json").write_text("{}")
 with open("calls.jsonl", "a") as file:
     file.write('{"step": "base model"}\\n')
 """
@@ -57,10 +59,12 @@ def make_folder(tmp_path: Path) -> Path:
     (tmp_path / "configs" / "presets").mkdir()
     for path in (ROOT / "configs").glob("*.py"):
         shutil.copy(path, tmp_path / "configs" / path.name)
-    shutil.copy(ROOT / "configs" / "presets" / "demo.yaml", tmp_path / "configs" / "presets" / "demo.yaml")
+    for name in ("demo.yaml", "demo_zh.yaml"):
+        shutil.copy(ROOT / "configs" / "presets" / name, tmp_path / "configs" / "presets" / name)
     for name in ("help_zh.yaml", "sentences_zh.yaml"):
         shutil.copy(ROOT / "configs" / name, tmp_path / "configs")
-    shutil.copy(ROOT / "configs" / "demo" / "finance_qa.jsonl", tmp_path / "configs" / "demo")
+    for name in ("finance_qa.jsonl", "finance_qa_zh.jsonl"):
+        shutil.copy(ROOT / "configs" / "demo" / name, tmp_path / "configs" / "demo")
     (tmp_path / "configs" / "presets" / "small.yaml").write_text(SMALL)
     (tmp_path / "configs" / "demo" / "base_model.py").write_text(BASE_MODEL)
     for name in SCRIPTS:

@@ -320,6 +320,18 @@ def test_the_demo_makes_its_base_model_once(folder):
     assert steps(folder) == "1"  # another model needs none
 
 
+def test_the_chinese_demo_makes_its_own_base_model_and_is_offered_in_chinese(folder):
+    result = run(folder, "--preset", "demo_zh", "--yes")
+    assert result.returncode == 0, result.stderr
+    made = calls(folder)
+    assert [call["step"] for call in made] == ["base model", "1", "2", "3", "4"]
+    assert {call["MODEL_NAME"] for call in made[1:]} == {"outputs/demo_base_model_zh"}
+    assert all(call["argv"] == ["--preset=demo_zh"] for call in made[1:])
+    assert (folder / "outputs" / "demo_base_model_zh").is_dir()
+    chinese, english = (run(folder, "--demo", "--language", language).stdout for language in ("zh", "en"))
+    assert "中文演示：python run_all.py --preset demo_zh --yes" in chinese and "demo_zh" not in english
+
+
 # --- mistakes are seen before anything runs
 
 
@@ -342,6 +354,7 @@ def test_the_demo_makes_its_base_model_once(folder):
         (["--full.batch_size", "0"], "BATCH_SIZE is 0; it must be at least 1: --full.batch_size 2"),
         (["--precision", "bf17"], "PRECISION is 'bf17'; choose auto, bf16, fp16 or fp32: --precision auto"),
         (["--run_all.steps", "1"], "there is no step run_all"),
+        (["--push_to_hub", "me/x"], "of its own: --lora.push_to_hub me/x-lora --full.push_to_hub me/x-full"),
         (["--demo", "--preset", "small"], "--demo is --preset demo --yes; leave it out for --preset small"),
     ],
 )

@@ -31,7 +31,8 @@ def words_of(sweep: Sweep, run: dict, train_rows: int) -> list[str]:
     if share < 1:
         own["MAX_TRAIN_SAMPLES"] = math.ceil(share * train_rows)
     given = [f"--{name.lower()}={as_text(value)}" for name, value in own.items()]
-    return [str(ROOT / SCRIPTS[arm.method]), *sweep.plan["flags"][arm.method], *given]
+    flags = [word for word in sweep.plan["flags"][arm.method] if not word.startswith("--push_to_hub=")]
+    return [str(ROOT / SCRIPTS[arm.method]), *flags, *given]
 
 
 def check_arms(sweep: Sweep, train_rows: int, seeds: int) -> float:

@@ -1,15 +1,16 @@
 """Makes the demo's base model: a small Phi and its tokenizer, pre-trained in under a minute on a CPU.
 
     python configs/demo/base_model.py
+    python configs/demo/base_model.py zh
 
 Reads:  configs/demo/finance_prose.txt, connected prose, and configs/demo/finance_texts.txt, 3,000 short texts;
-        no row of finance_qa.jsonl is among them
-Writes: outputs/demo_base_model/ in the current folder: the model, its tokenizer, and general_text.txt, prose that is
-        held out from the pre-training
+        no row of finance_qa.jsonl is among them; with zh the Chinese files, whose names end in _zh
+Writes: outputs/demo_base_model/ in the current folder, or outputs/demo_base_model_zh/: the model, its tokenizer, and
+        general_text.txt, prose that is held out from the pre-training
 
 It has phi-2's habits (PhiForCausalLM, float16, a bias on the head, `<|endoftext|>` as its only special token, no pad
 token, no chat template), so that the demo meets what the real run meets. It is a toy that knows a little textbook
-finance, and it has no settings: the only argument is --help.
+finance, and it has no settings: the only arguments are zh, for the Chinese demo, and --help.
 """
 
 import sys
@@ -24,23 +25,24 @@ from configs.settings import fail, quiet_errors, say
 from configs.translation import phrase
 
 
-def read_arguments(arguments: list[str]) -> None:
-    """Answer --help with the text at the top of this file, refuse any other argument."""
+def read_arguments(arguments: list[str]) -> str:
+    """The ending of the files' names: "" or "_zh". Answers --help with the text at the top of this file."""
     if "-h" in arguments or "--help" in arguments:
         print((__doc__ or "").strip())
         raise SystemExit(0)
-    if arguments:
-        fail(*(f"unknown argument {word!r}: base_model.py has no settings, only --help" for word in arguments))
+    if unknown := [word for word in arguments if word != "zh"]:
+        fail(*(f"unknown argument {word!r}: base_model.py has no settings, only zh and --help" for word in unknown))
+    return "_zh" if arguments else ""
 
 
 if __name__ == "__main__":
     quiet_errors()
-    read_arguments(sys.argv[1:])  # before the imports below, which take seconds
+    LANGUAGE = read_arguments(sys.argv[1:])  # before the imports below, which take seconds
 
 hub.go_online()  # nothing is to be fetched
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 from transformers.utils import logging
@@ -53,15 +55,15 @@ STEPS, BATCH, LENGTH = 150, 16, 128  # optimizer steps, sequences a step, tokens
 LEARNING_RATE = 3e-3
 
 
-def corpus() -> tuple[list[str], list[str]]:
+def corpus(language: str) -> tuple[list[str], list[str]]:
     """The texts to pre-train on, and the prose that is held out from them.
 
-    Both files hold one text a paragraph. The short texts are 1,500 statements, then 1,500 questions with their worked
-    answers, since a base model of today has read many of those, as plain text without any chat marker.
+    Both files hold one text a paragraph. Half of the short texts are statements, the other half questions with their
+    worked answers, since a base model of today has read many of those, as plain text without any chat marker.
     """
     prose, short = (
-        (ROOT / "configs/demo" / name).read_text("utf-8").strip().split("\n\n")
-        for name in ("finance_prose.txt", "finance_texts.txt")
+        (ROOT / "configs/demo" / f"{name}{language}.txt").read_text("utf-8").strip().split("\n\n")
+        for name in ("finance_prose", "finance_texts")
     )
     held_out = len(prose) // 10
     # the prose three times: it is the smaller part, and the only one with connected sentences
@@ -71,7 +73,9 @@ def corpus() -> tuple[list[str], list[str]]:
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on `texts`: it encodes every string, and the end token is its only special one."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # each Chinese character by itself: so few texts would else make tokens of whole phrases, which no other text holds
+    characters = pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([characters, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -125,27 +129,27 @@ def pretrain(model: PhiForCausalLM, ids: torch.Tensor) -> float:
     return sum(losses[-20:]) / 20
 
 
-def main() -> None:
+def main(language: str) -> None:
     began = time.monotonic()
     logging.disable_progress_bar()  # "Writing model shards"
     torch.manual_seed(SEED)
-    texts, held_out = corpus()
+    texts, held_out = corpus(language)
     tokenizer = make_tokenizer(texts)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(SEED)).tolist()
     ids = torch.tensor([i for n in order for i in [*tokenizer(texts[n]).input_ids, tokenizer.eos_token_id]])
     model = make_model(tokenizer)
     loss = pretrain(model, ids)
-    outputs, name = Path(FOLDER).parent, Path(FOLDER).name
+    outputs, name = Path(FOLDER).parent, Path(FOLDER).name + language
     with handover.lock(outputs), handover.replacing(outputs) as new:
         model.half().save_pretrained(new / name)
         tokenizer.save_pretrained(new / name)
         handover.write_text(new / name / "general_text.txt", "\n\n".join(held_out) + "\n")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(
-        f"done: {FOLDER}, {millions:.1f} million parameters, pre-trained on {STEPS * BATCH * LENGTH:,} "
+        f"done: {outputs / name}, {millions:.1f} million parameters, pre-trained on {STEPS * BATCH * LENGTH:,} "
         f"tokens in {time.monotonic() - began:.0f} s, last loss {loss:.2f} nats per token"
     )
 
 
 if __name__ == "__main__":
-    main()
+    main(LANGUAGE)

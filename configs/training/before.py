@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from configs import chat, device, handover, hub, models
 from configs.settings import command, fail, first_on_machine, main_process, say
-from configs.training import checkpoints, doubts
+from configs.training import checkpoints, doubts, push
 from configs.training.memory import Plan, sharing
 from configs.training.resume import Start, say_new_end
 from configs.training.trainer import StepSampler, cut, deepspeed_path
@@ -65,6 +65,8 @@ def problems(settings: dict) -> list[str]:
             )
     if "none" in settings["REPORT_TO"] and settings["REPORT_TO"].strip() != "none":
         wrong.append(f"REPORT_TO is {settings['REPORT_TO']!r}; none stands alone: --report_to none")
+    if name := settings["PUSH_TO_HUB"]:
+        wrong += push.refusals(name)
     if not (in_file := deepspeed_problems(SimpleNamespace(**settings))):
         wrong += splitting_problems(SimpleNamespace(**settings))
     return wrong + in_file

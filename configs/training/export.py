@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from configs import chat, handover, hub, models
 from configs.settings import say
 from configs.text import cell, visible
+from configs.training import ollama
 from configs.training.runlog import RunLog
 from configs.training.trainer import ExactTrainer
 
@@ -38,6 +39,8 @@ def save_final(trainer: ExactTrainer, name: str, dtype: torch.dtype | None, log:
             if dtype is not None:
                 cast_folder(new / name, dtype)
             handover.write_text(new / name / "README.md", model_card(trainer, log, name))
+            if dtype is not None:  # an adapter is no model
+                ollama.write(new / name, tokenizer, type(trainer.accelerator.unwrap_model(model)).__name__)
     if trainer.is_world_process_zero():
         shutil.rmtree(output / "merged_model", ignore_errors=True)  # of the adapter before this one
 
@@ -75,16 +78,18 @@ def merge_adapter(trainer: ExactTrainer, settings, rows: Dataset, log: RunLog) -
         merged.save_pretrained(new / "merged_model")
         trainer.processing_class.save_pretrained(new / "merged_model")
         handover.write_text(new / "merged_model" / "README.md", model_card(trainer, log, "merged_model"))
+        ollama.write(new / "merged_model", trainer.processing_class, type(merged).__name__)
     room = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * merged.get_memory_footprint()
     after = nll_per_token(merged.to(trainer.args.device) if room else merged.float().cpu(), rows)
     log.head["merge"] = {"rows": len(rows), "nll_before": before, "nll_after": after}
     say(f"merged: {output}/merged_model; nll on {len(rows)} rows {before:.4f} before and {after:.4f} after")
 
 
-def model_card(trainer: ExactTrainer, log: RunLog, folder: str) -> str:
+def model_card(trainer: ExactTrainer, log: RunLog, folder: str, on_hub: str = "", licence: str = "") -> str:
     """A model card: where the model comes from, what it was trained on and how, what came out, how to load it.
 
-    folder: its name, which tells what it holds (final_lora_adapter, merged_model or final_model).
+    folder: its name, which tells what it holds (final_lora_adapter, merged_model or final_model); on_hub: the name
+    under which it is uploaded; licence: the base model's, as the Hub names it.
     """
     name, settings, rows = log.head["model_name"], log.head["settings"], log.head["data"]
     source, loss, lora = log.manifest["source"], trainer.state.best_metric, log.head["method"] == "lora"
@@ -103,6 +108,9 @@ def model_card(trainer: ExactTrainer, log: RunLog, folder: str) -> str:
         four_bit=lora and settings["USE_4BIT"],
         dtype=dtype,
         folder=folder,
+        on_hub=on_hub,
+        licence=licence,
+        data_on_hub=hub.is_hub_name(source),
         source=code(source if hub.local_path(source) is None else Path(source).name),
         loss="not measured" if loss is None else f"{loss:.4f} nats per token",
         settings={key: cell(settings[key]) for key in shown},

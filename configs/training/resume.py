@@ -82,6 +82,9 @@ def _decide(settings, now: dict) -> Start:
     if done and not differing:
         merged = not getattr(settings, "MERGE_ADAPTER", False) or state.has_weights(Path(output) / "merged_model")
         if merged and settings.RESUME is not True:
+            name, folder = settings.PUSH_TO_HUB, Path(output) / state.final_folder(method)
+            if name and name not in log.get("pushed", {}):
+                fail(f"{output} is finished already, and is not on the Hub as {name}: hf upload {name} {folder}")
             say(
                 f"already done: {output}: {_told(log, sealed)}; to train it again: {command(script, '--rerun')}",
                 always=True,
