@@ -445,6 +445,20 @@ def write_all(
             write_card(Path(candidate.own_folder), model_card_scores(results, candidate.label))
 
 
+def tell(settings, results: dict, advice: list[str], warnings: list[Note], words: dict) -> None:
+    """Print what the report opens with: the models side by side, what to do, the verdict in numbers, the warnings."""
+    say("\n\n".join(["", summary_table(results, words), "\n".join(advice), verdict(results, PAIRS, words), ""]))
+    for note in warnings:
+        say(f"{words['warning']}: {sentence(note, words)}")
+    names = ("evaluation_report.html (.md)", "evaluation_results.json", "plots/")
+    files = ", ".join(f"{Path(settings.REPORT_DIR)}/{name}" for name in names)
+    say_done(
+        advice[0].rstrip(".。"),
+        f"{files}; {words['tensorboard']}: tensorboard --logdir ./outputs/",
+        command(__file__, "--prompt", words["your_question"]),
+    )
+
+
 def main() -> None:
     settings = freeze(globals())
     settings = replace(settings, REPORT_LANGUAGE=spoken(settings.REPORT_LANGUAGE))
@@ -515,17 +529,7 @@ def main() -> None:
         results["verdict"] = verdict(results, PAIRS, english)
         results["warnings"] = [sentence(note, english) for note in warnings]
         write_all(settings, results, warnings, candidates, measured, held_out)
-    folder = Path(settings.REPORT_DIR)
-    lines = told(advice, words)
-    say("\n\n".join(["", summary_table(results, words), "\n".join(lines), verdict(results, PAIRS, words), ""]))
-    for note in warnings:
-        say(f"{words['warning']}: {sentence(note, words)}")
-    files = ["evaluation_report.html (.md)", "evaluation_results.json", "plots/"]
-    say_done(
-        lines[0].rstrip(".。"),
-        f"{', '.join(f'{folder}/{name}' for name in files)}; {words['tensorboard']}: tensorboard --logdir ./outputs/",
-        command(__file__, "--prompt", words["your_question"]),
-    )
+    tell(settings, results, told(advice, words), warnings, words)
     device.leave()
 
 

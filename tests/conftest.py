@@ -100,10 +100,11 @@ def no_leftover_precision():
 @pytest.fixture(autouse=True)
 def no_leftover_language():
     """A script that a test runs in this process decides the language of all that is said in it."""
-    from configs import translation
+    from configs import settings, translation
 
     yield
     translation.use({})
+    settings._run, settings._quiet, settings._aside = None, False, False  # nor its flags, in commands that are shown
 
 
 @pytest.fixture(scope="session")

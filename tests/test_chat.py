@@ -316,7 +316,7 @@ def test_the_models_are_loaded_once_and_share_their_weights(folder, monkeypatch)
     from configs.settings import freeze
 
     monkeypatch.chdir(folder)
-    settings = freeze(vars(script), MODEL_NAME="model", CHAT=True, MAX_NEW_TOKENS=2)
+    settings = freeze(vars(script), MODEL_NAME="model", CHAT=True, MAX_NEW_TOKENS=2, REPORT_LANGUAGE="en")
     loads, real = [], asking.load_model
     monkeypatch.setattr(asking, "load_model", lambda group, *rest: loads.append(len(group)) or real(group, *rest))
     found, _ = candidates.find_candidates(settings)
@@ -337,7 +337,7 @@ def test_memory_that_runs_out_is_said_and_the_chat_goes_on(folder, monkeypatch, 
     from configs.settings import freeze
 
     monkeypatch.chdir(folder)
-    settings = freeze(vars(script), MODEL_NAME="model", CHAT=True, MAX_NEW_TOKENS=2)
+    settings = freeze(vars(script), MODEL_NAME="model", CHAT=True, MAX_NEW_TOKENS=2, REPORT_LANGUAGE="en")
     found, _ = candidates.find_candidates(settings)
     talk = talking.Chat(settings, list(asking.loaded(settings, candidates.load_tokenizers(found, settings, "auto"))))
     real = asking.continued

@@ -29,7 +29,7 @@ UNSAID = re.compile(
     r"tokenizers tqdm|load_in_4bit|output_folder|deepspeed evaluate|No space left|gated dataset|appear to have"
     r"|Timed|imed out|scripts are no longer|nats per token|tokens of prompt and answer|once its answer is there"
     r"|show this text|settings from a file|a path to a .yaml|is no range|that cannot be shown|safetensors.index"
-    r"|tag:yaml|classify the"
+    r"|tag:yaml|classify the|ollama create my-model"
 )
 
 

@@ -492,7 +492,7 @@ def test_helpfulness_is_the_judges_where_one_was_asked(judged_run):
     assert "helpfulness (judged, win rate against the reference)" in out
     report = (folder / "outputs/evaluation_report.md").read_text("utf-8")
     assert "## Judge" in report and "not judged" not in report and "<b>judge" not in report
-    assert "wise&#124;&#60;b&#62;judge" in report
+    assert r"wise\|&#60;b>judge" in report
     pairs = [(c["a"], c["b"], c["n"]) for c in results["comparisons"] if c["metric"] == "helpfulness"]
     assert pairs == [("lora", "base", 16), ("full", "base", 16), ("full", "lora", 16)]
     kept = (folder / "outputs/judge_verdicts.jsonl").read_text("utf-8").splitlines()

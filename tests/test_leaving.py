@@ -117,7 +117,6 @@ def test_the_modelfile_writes_what_was_trained(template, stop, system, bos):
 @pytest.mark.parametrize(
     ("template", "architecture", "why"),
     [
-        ("chatml", "PhiForCausalLM", "it does not read PhiForCausalLM from safetensors; llama.cpp"),
         (COUNTING, "LlamaForCausalLM", "depends on more than the roles"),
         (CHATML_OF_QWEN.replace("helpful", '""" helpful'), "Qwen2ForCausalLM", "read as an instruction"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "LlamaForCausalLM", "changes what is said"),
@@ -129,6 +128,14 @@ def test_where_there_is_no_modelfile_the_reason_is_said(template, architecture, 
     assert not list(tmp_path.iterdir())
     said = capsys.readouterr().out
     assert said.startswith("no Modelfile for Ollama in ") and why in said
+
+
+def test_an_architecture_that_ollama_does_not_read_gets_no_modelfile(tmp_path, capsys):
+    tokenizer = tokenizer_with("chatml", False)
+    ollama.write(tmp_path, tokenizer, "PhiForCausalLM")
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="does not read PhiForCausalLM from safetensors; llama.cpp"):
+        ollama.modelfile(tokenizer, "PhiForCausalLM")
 
 
 # --- to the Hub

@@ -54,7 +54,13 @@ def results_of(**changes: object) -> dict:
         text = {"nll_per_token": forgot[name], "bits_per_byte": forgot[name] / 2.4, "tokens": 2000}
         rates = dict.fromkeys(("stopped", "repetitive", "empty", "useless"), 0.02)
         models[name] = {"perplexity": float(np.exp(loss)), "nll_per_token": loss, "bits_per_byte": loss / 2.4}
-        models[name] |= {"answer_quality": 0.3, "style_match": 0.8, "helpfulness": 0.8, "forgetting": text}
+        models[name] |= {
+            "answer_quality": 0.3,
+            "style_match": 0.8,
+            "well_formed": 0.8,
+            "helpfulness": None,
+            "forgetting": text,
+        }
         models[name] |= {"answers": {"n": 4, **rates}, "prompt": "chat", "benchmarks": {}}
         models[name] |= {"perplexity_by_prompt": {"chat": 17.0, "plain": 18.0}, "cost": None}
     for name, seconds in (("lora", 698.0), ("full", 189.0)):

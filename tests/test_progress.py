@@ -255,7 +255,8 @@ def test_a_rate_far_from_what_the_method_wants(method, rate, width, said):
 def test_every_preset_has_a_rate_that_is_not_doubted():
     from configs.settings import resolved
 
-    widths = {"microsoft/phi-2": 2560, "outputs/demo_base_model": 192, "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 2048}
+    widths = {"microsoft/phi-2": 2560, "outputs/demo_base_model": 192, "outputs/demo_base_model_zh": 192}
+    widths |= {"TinyLlama/TinyLlama-1.1B-Chat-v1.0": 2048}
     for preset in sorted(path.stem for path in (ROOT / "configs/presets").glob("*.yaml")):
         for script in (LORA, FULL):
             settings = SimpleNamespace(**resolved(ROOT / script, ["--preset", preset]))

@@ -23,7 +23,12 @@ TEMPLATE \"\"\"{template}\"\"\"
 
 
 def write(folder: Path, tokenizer, architecture: str) -> None:
-    """Write `folder`/Modelfile, or say why there is none. architecture: the class in the model's config.json."""
+    """Write `folder`/Modelfile, or say why there is none. architecture: the class in the model's config.json.
+
+    Nothing is written, and nothing said, where Ollama does not read the architecture: there it takes a GGUF.
+    """
+    if architecture not in READ_BY_OLLAMA:
+        return
     try:
         handover.write_text(folder / "Modelfile", modelfile(tokenizer, architecture))
     except ValueError as why:
