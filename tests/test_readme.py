@@ -196,7 +196,11 @@ def test_every_preset_is_there_and_every_preset_is_named(readme):
     for name in named - {"NAME", "my.yaml"}:
         assert preset_path(name, ROOT).is_file()
     # what looks like one, whether or not a flag stands in front of it
-    alike = [span for span in spans(readme) if re.fullmatch(r"(gpu|demo|cpu|mac|t4|a100|h100)(_\w+)?", span)]
+    alike = [
+        span
+        for span in spans(readme)
+        if re.fullmatch(r"(gpu|demo|cpu|mac|t4|a100|h100|qwen|llama|tinyllama)(_\w+)?", span)
+    ]
     assert set(alike) <= known.keys()
     assert known.keys() <= set(alike), "a preset that the README does not name is found by nobody"
 
