@@ -604,3 +604,21 @@ def test_merge_adapter_writes_a_model_that_plain_transformers_load(prepared, tin
         one, two = merged.float()(ids).logits, adapter.float()(ids).logits
     assert torch.allclose(one, two, atol=2e-2)
     assert copy.deepcopy(merged.generation_config).eos_token_id
+
+
+@pytest.mark.slow
+def test_a_finished_run_of_max_steps_is_merged_without_another_step(prepared, tiny, tmp_path):
+    import shutil
+
+    work = shutil.copytree(prepared, tmp_path / "work")
+    flags = [*SHORT, "--max_steps", 4, "--eval_steps", 2, "--save_steps", 2, "--logging_steps", 1]
+    folder = work / "outputs/lora_model"
+    weights, logs = [], []
+    for further in ([], ["--merge_adapter"]):
+        ok(run(LORA, "--model_name", tiny, *flags, *further, cwd=work))
+        weights.append((folder / "final_lora_adapter/adapter_model.safetensors").read_bytes())
+        logs.append(json.loads((folder / "training_log.json").read_text("utf-8")))
+    assert (folder / "merged_model/model.safetensors").exists()
+    assert weights[0] == weights[1] and logs[1]["summary"]["steps"] == 4
+    steps = [[record["step"] for record in log["history"]] for log in logs]
+    assert steps[0] == steps[1] and logs[0]["summary"]["tokens"] == logs[1]["summary"]["tokens"]

@@ -303,6 +303,11 @@ class ExactTrainer(SFTTrainer):
         finally:
             self.paused += time.monotonic() - began
 
+    def _run_epoch(self, **of_epoch):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(**of_epoch)
+        self.control.should_training_stop = True  # a finished run: transformers would take one more step
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         before, self.doing = self.doing, "evaluation"
         with self.pause():  # the sample answers, too, which a callback makes
@@ -345,10 +350,7 @@ class ExactTrainer(SFTTrainer):
             raise DiskFull(f"checkpoint-{step}") from error
 
     def save_model(self, *args, **kwargs) -> None:
-        """As the Trainer does; ZeRO-3's weights are brought together whatever DeepSpeed's configuration says.
-
-        (Where it does not ask for that, the Trainer would leave a final folder without weights.)
-        """
+        """As the Trainer does; ZeRO-3's weights are brought together even where its configuration does not ask."""
         if self.is_deepspeed_enabled:
             self.deepspeed._config.zero_config.gather_16bit_weights_on_model_save = True
         super().save_model(*args, **kwargs)
