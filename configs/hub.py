@@ -311,13 +311,20 @@ def push_problems(name: str | None) -> list[str]:
     """What is wrong with uploading to a name, as far as it is seen without asking the Hub: [] or one sentence."""
     if name is None:
         return []
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) or re.search(r"--|\.\.|\.git$", name):
+    if len(name) > 96 or not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) or re.search(r"--|\.\.|\.git$", name):
         wanted = f"me/{name}" if "/" not in name else "me/my-model"
-        return [f"PUSH_TO_HUB is {quoted(name)}; give the owner and a name, e.g. --push_to_hub {wanted[:60]}"]
+        return [
+            f"PUSH_TO_HUB is {quoted(name)}; give the owner and a name, 96 characters at most, e.g. --push_to_hub "
+            f"{wanted[:60]}"
+        ]
     if is_offline():
-        return [f"PUSH_TO_HUB is {name!r}, but HF_HUB_OFFLINE is set; unset it, or train without: --push_to_hub none"]
+        return [
+            f"PUSH_TO_HUB is {quoted(name)}, but HF_HUB_OFFLINE is set; unset it, or train without: --push_to_hub none"
+        ]
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     kept = Path(os.environ.get("HF_TOKEN_PATH", home / "token")).expanduser()
     if not os.environ.get("HF_TOKEN") and not kept.exists():
-        return [f"PUSH_TO_HUB is {name!r}, and there is no token; make one with write access and run `hf auth login`"]
+        return [
+            f"PUSH_TO_HUB is {quoted(name)}, and there is no token; make one with write access and run `hf auth login`"
+        ]
     return []

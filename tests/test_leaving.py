@@ -194,7 +194,7 @@ def test_the_final_folder_goes_to_the_hub_with_a_card_that_loads_it(script, at_h
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("my-model", {}, "give the owner and a name, e.g. --push_to_hub me/my-model"),
+        ("my-model", {}, "a name, 96 characters at most, e.g. --push_to_hub me/my-model"),
         ("me/a/b", {}, "give the owner and a name"),
         ("me/my-model", {"HF_TOKEN": ""}, "there is no token; make one with write access and run `hf auth login`"),
         ("me/my-model", {"HF_TOKEN": "hf_nobody's"}, "does not accept the token (HTTP 401)"),

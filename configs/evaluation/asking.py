@@ -17,7 +17,7 @@ from configs.evaluation.candidates import Candidate
 from configs.evaluation.phrases import CHAT
 from configs.evaluation.report import as_text, load_words
 from configs.evaluation.scoring import OwnDraw, acting_as, answer, continued, load_model
-from configs.settings import fail, say
+from configs.settings import fail, main_process, say
 from configs.text import visible
 
 # --- how a model is asked
@@ -110,7 +110,8 @@ def answer_one(settings, candidates: list[Candidate]) -> None:
         cut = "" if record["stopped"] else f" [{words['cut_off']}]"
         answers.append(Text(visible(record["answer"]) + cut))
     grid.add_row(*answers)
-    print(as_text(grid), flush=True)
+    if main_process():
+        print(as_text(grid), flush=True)
 
 
 # --- one turn
