@@ -351,7 +351,8 @@ def _help(script: Path, purpose: str, known: dict[str, Constant]) -> str:
     """What --help prints: what the script is for, and its settings in their groups."""
     presets = ", ".join(sorted(path.stem for path in script.parent.glob("configs/presets/*.yaml")))
     lines = [purpose.strip(), "", f"usage: python {script.name} [--preset NAME] [--setting VALUE ...]", ""]
-    lines += [f"  --preset NAME\n      settings from a file: {presets or 'none here'}; or a path to a .yaml file"]
+    offer = textwrap.fill(f"settings from a file: {presets or 'none here'}; or a path to a .yaml file", 113)
+    lines += ["  --preset NAME", textwrap.indent(offer, " " * 6)]
     if script.name == RUN_ALL:  # reading them takes a moment, so only here
         with contextlib.suppress(ModuleNotFoundError):  # PyYAML; help must not need an installation
             lines += [f"      {name:12} {about}" for name, about in list_presets(script.parent).items()]
