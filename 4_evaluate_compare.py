@@ -28,7 +28,8 @@ MODEL_REVISION: str | None = None  # branch, tag or commit of the model on the H
 LORA_DIR = "outputs/lora_model"  # folder written by 2_lora_finetuning.py
 FULL_DIR = "outputs/full_model"  # folder written by 3_full_finetuning.py
 # merged_model of 2_lora_finetuning.py is compared, too, where it is there.
-CANDIDATES: list[str] | None = None  # further models or adapters to compare, name=folder, with commas between them
+# A model, an adapter, or a GGUF of llama.cpp (a model as it is deployed; pip install llama-cpp-python).
+CANDIDATES: list[str] | None = None  # more to compare: name=folder or name=file.gguf, with commas between them
 
 # --- data
 DATA_DIR = "data"  # folder with the prepared data, written by 1_prepare_dataset.py
@@ -82,7 +83,7 @@ from transformers import PreTrainedModel
 
 from configs import chat, device, handover, models, state
 from configs.ending import say_done
-from configs.evaluation import benchmarks, history, metrics, person, pictures
+from configs.evaluation import benchmarks, gguf, history, metrics, person, pictures
 from configs.evaluation.asking import answer_one, answer_prompts, ask, known_format
 from configs.evaluation.candidates import (
     TRAINED,
@@ -499,6 +500,7 @@ def main() -> None:
         reasons = unsound(candidates, manifest, held_out)
         logs = {c.label: c.log for c in candidates if c.method in TRAINED}
         notes += [("unknown_training", {"name": c.label}) for c in candidates if c.method == "other"]
+        notes += gguf.served_otherwise(candidates, held_out.prompts)
         cut = {label: measured[label].stopped.count(False) for label in logs}
         tokens = measured["base"].tokens
         questions, prompts = round(effective_number(tokens, held_out.groups)), len(held_out.prompts)

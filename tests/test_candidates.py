@@ -108,8 +108,8 @@ def test_tasks_are_compared_item_by_item(compared):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--candidates", "mine"], "'mine' is not name=folder"),
-        (["--candidates", "mine=nowhere"], "'mine=nowhere' is not name=folder"),
+        (["--candidates", "mine"], "'mine' is not name=folder or name=file.gguf"),
+        (["--candidates", "mine=nowhere"], "'mine=nowhere' is not name=folder or name=file.gguf"),
         (["--candidates", "verdict=mine"], "the name 'verdict' is taken"),
         (["--candidates", "lora=mine"], "the name 'lora' is taken"),
         (["--candidates", "data=data"], "data holds no weights"),

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from configs import chat, handover, hub, models, state
+from configs.evaluation import gguf
 from configs.evaluation.report import Note, load_words, sentence
 from configs.handover import FULL, LORA, PREPARE
 from configs.preparation.questions import question_groups
@@ -28,9 +29,9 @@ class Candidate:
     """A model that is measured.
 
     label: its name in the results, unique. method: "base", "lora", "full", "merged" (LoRA's merged_model) or "other"
-    (one of CANDIDATES). folder: a folder or Hub name with its
-    weights; LoRA's are the base's. adapter: LoRA's own folder. four_bit: whether the weights are held in 4 bits.
-    tokenizer: with the chat template that the model was trained with. log: training_log.json, None for a base.
+    (one of CANDIDATES). folder: a folder or Hub name with its weights, or a GGUF; LoRA's are the base's. adapter: the
+    folder of LoRA itself. four_bit: whether the weights are held in 4 bits. tokenizer: with the chat template that the
+    model was trained with. log: training_log.json, None for a base.
     """
 
     label: str
@@ -54,7 +55,9 @@ class Candidate:
 
     @property
     def taught(self) -> bool:
-        """Whether it is known to have learned its chat template: it was trained here, or its folder brings one."""
+        """Whether it is known to have learned its chat template: it was trained here, or it brings one."""
+        if gguf.is_gguf(self.folder):
+            return gguf.tokenizer_of(self.folder).template is not None
         return self.log is not None or (
             self.method == "other" and (Path(self.own_folder) / CHAT_TEMPLATE_FILE).exists()
         )
@@ -106,9 +109,10 @@ def find_candidates(settings) -> tuple[list[Candidate], list[Note]]:
     for given in settings.CANDIDATES or []:
         name, _, folder = given.partition("=")
         path = hub.local_path(folder.strip()) if folder.strip() else None
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name.strip()) or path is None or not path.is_dir():
+        there = path is not None and (path.is_dir() or gguf.is_gguf(path))
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name.strip()) or not there:
             problems.append(
-                f"CANDIDATES: {quoted(given)} is not name=folder with a folder that is there, such as "
+                f"CANDIDATES: {quoted(given)} is not name=folder or name=file.gguf with one that is there, such as "
                 "mine=outputs/mine/final_model; a name has letters, digits, -, _ and . only"
             )
         elif name.strip() in {*load_words("en"), *(c.label for c in candidates)}:
@@ -123,7 +127,11 @@ def find_candidates(settings) -> tuple[list[Candidate], list[Note]]:
 
 
 def other(name: str, folder: Path, settings, problems: list[str]) -> Candidate:
-    """One of CANDIDATES: a model, or an adapter of the same base, as the files in its folder say."""
+    """One of CANDIDATES: a model, an adapter of the same base, as the files in its folder say, or a GGUF."""
+    if gguf.is_gguf(folder):
+        if fault := gguf.fault(folder):
+            problems.append(f"CANDIDATES: {folder} {fault}")
+        return Candidate(name, "other", str(folder))
     is_adapter = (folder / "adapter_config.json").is_file()
     if fault := damaged(folder, "lora" if is_adapter else "full", settings):
         problems.append(f"CANDIDATES: {folder} {fault}; get it anew, or leave {name} out")
@@ -210,7 +218,10 @@ def load_tokenizers(candidates: list[Candidate], settings, prompt_format: str) -
             tokenizers[source] = chat.load_tokenizer(source, revision, form, mend=candidate.remedy)
             with models.loading(source, candidate.remedy):
                 chat.answer_end(tokenizers[source])
-        found.append(replace(candidate, tokenizer=tokenizers[source]))
+        tokenizer = tokenizers[source]
+        if gguf.is_gguf(candidate.folder):
+            tokenizer = gguf.with_its_template(candidate.folder, tokenizer)
+        found.append(replace(candidate, tokenizer=tokenizer))
     return found
 
 

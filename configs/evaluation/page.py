@@ -20,6 +20,7 @@ from configs.text import cell, without_zero_signs
 TEMPLATES = Path(__file__).with_name("templates")
 # the words of a cell that holds numbers, with their units; such cells are set to the right
 NUMBERS = re.compile(r"[-+<\[(]*[\d.,]*\d(?:e[-+]\d+)?[\]),]*|[-/<%]|s|min|h|days|秒|分钟|小时|天|MB|GB")
+LONGEST = 16  # characters of words that stand in place of a number
 
 
 def templates_in(*folders: Path) -> Environment:
@@ -135,8 +136,9 @@ def arrange_table(table: ElementTree.Element) -> None:
         cells = [row[place] for row in rows]
         numbers = [td for td in cells if td.text and all(map(NUMBERS.fullmatch, td.text.split()))]
         if 2 * len(numbers) >= len(cells) and any(td.text != "-" for td in numbers):
-            for td in (head, *numbers):
-                td.set("class", "number")
+            for td in (head, *cells):  # "none" stands where its number would
+                if len(td.text or "") <= LONGEST or td in numbers:
+                    td.set("class", "number")
     if heads and not heads[0].text:
         heads[0].tag = "td"  # an empty header would be the name of nothing
         heads[0].attrib.pop("scope")

@@ -57,7 +57,7 @@ def verdict(results: dict, pairs: list[tuple[str, str]], words: dict) -> str:
             parts.append(words["verdict_better"].format(**values, low=-high, high=-low))
         else:
             parts.append(words["verdict_worse"].format(**values, low=low, high=high))
-    return without_zero_signs(first + words["verdict"].format(pairs=words["and"].join(parts)))
+    return without_zero_signs(first + joined(words["verdict"].format(pairs=words["and"].join(parts))))
 
 
 def of_no_use(results: dict, pairs: list[tuple[str, str]], words: dict) -> list[str]:

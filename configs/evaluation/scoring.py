@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from configs import chat, device, models
+from configs.evaluation import gguf
 from configs.handover import PREPARE
 from configs.settings import command, fail, main_process, say
 from configs.translation import phrase
@@ -38,6 +39,8 @@ def load_model(candidates: list, dtype: torch.dtype, revision: str | None) -> Pr
     gc.collect()
     torch.cuda.empty_cache()
     candidate, options = candidates[0], {}
+    if gguf.is_gguf(candidate.folder):
+        return gguf.load(candidate.folder, candidate.remedy)
     source, revision = candidate.folder, revision if candidate.method == "base" or candidate.adapter else None
     # sdpa is transformers' own choice, for every model that has it; asked for by name, it refuses the others (Gemma 2)
     if (attention := device.attention(dtype)) != "sdpa":
