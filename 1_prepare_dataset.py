@@ -75,6 +75,7 @@ from configs.preparation.conversations import (
     as_conversation,
     check_conversation,
     ends_of,
+    no_form,
     pairs_of,
     text_of_parts,
     to_conversation,
@@ -297,7 +298,7 @@ def convert(
                 try:
                     tokens = ruler.too_long(prompt, completion)
                 except ValueError as error:
-                    raise BadRow("conversation that the chat template cannot render") from error
+                    raise BadRow(no_form(tokenizer, completion)) from error
                 if tokens is not None:
                     tally.long.append(tokens)
                     hopeless = tokens == 0 or tokens > 4 * max_length
@@ -526,11 +527,11 @@ def main() -> None:
     if not main_process():
         return  # of several processes, the first one prepares the data
     if settings.DRY_RUN:
-        dry_run(settings)
-        return
+        return dry_run(settings)
     folder = Path(settings.DATA_DIR)
     with handover.lock(folder), handover.replacing(folder) as new:
         tokenizer = chat.load_tokenizer(settings.MODEL_NAME, settings.MODEL_REVISION, settings.PROMPT_FORMAT)
+        chat.say_if_silent(tokenizer)
         rows, ids, groups, parts, manifest, long = prepare(settings, tokenizer, new / ".scratch")
         manifest["sha256"] = save_splits(rows, ids, groups, parts, new)
         prompts = choose_prompts(rows.select(parts["test"]).to_list(), settings.NUM_TEST_PROMPTS)

@@ -450,12 +450,12 @@ def tell(settings, results: dict, advice: list[str], warnings: list[Note], words
     """Print what the report opens with: the models side by side, what to do, the verdict in numbers, the warnings."""
     say("\n\n".join(["", summary_table(results, words), "\n".join(advice), verdict(results, PAIRS, words), ""]))
     for note in warnings:
-        say(f"{words['warning']}: {sentence(note, words)}")
+        say(f"{words['warning']}{sentence(note, words)}")
     names = ("evaluation_report.html (.md)", "evaluation_results.json", "plots/")
     files = ", ".join(f"{Path(settings.REPORT_DIR)}/{name}" for name in names)
     say_done(
         advice[0].rstrip(".。"),
-        f"{files}; {words['tensorboard']}: tensorboard --logdir ./outputs/",
+        f"{files}; {words['tensorboard']}tensorboard --logdir ./outputs/",
         command(__file__, "--prompt", words["your_question"]),
     )
 
@@ -470,7 +470,7 @@ def main() -> None:
     candidates, notes = find_candidates(settings)
     words = load_words(settings.REPORT_LANGUAGE)
     for note in notes:
-        say(f"{words['note']}: {sentence(note, words)}")
+        say(f"{words['note']}{sentence(note, words)}")
     if asked:  # which needs no data
         candidates = load_tokenizers(candidates, settings, known_format(settings.DATA_DIR))
         return talk(settings, candidates) if settings.CHAT else answer_one(settings, candidates)

@@ -12,7 +12,7 @@ import psutil
 from transformers import PretrainedConfig, PreTrainedModel
 
 from configs import models
-from configs.settings import ROOT, fail
+from configs.settings import ROOT, fail, say
 from configs.text import quoted
 
 # what a base model that was never shown a chat template is asked with
@@ -23,6 +23,8 @@ PLAIN = "Question: {question}\n\nAnswer:"
 LONGEST_TEMPLATE = 200_000  # characters
 RENDERING_SECONDS = 10  # for one conversation
 RENDERING_BYTES = 2_000_000_000
+NO_THINKING = "{%- set enable_thinking = false %}"  # before a template that reads it
+THOUGHTS = "</think>"  # where a model's thoughts end
 
 # --- templates
 
@@ -47,7 +49,9 @@ def load_tokenizer(
     tokenizer = models.load_tokenizer(name, revision, flag, mend)
     if isinstance(tokenizer.chat_template, dict):  # several, by name
         tokenizer.chat_template = tokenizer.chat_template.get("default")
-    if prompt_format != "auto" or not tokenizer.chat_template:
+    if prompt_format == "auto" and tokenizer.chat_template:
+        tokenizer.chat_template = without_thinking(tokenizer.chat_template)
+    else:
         template = chat_template_file("chatml" if prompt_format == "auto" else prompt_format).read_text("utf-8")
         # Llama's tokenizer begins every text with its BOS, phi-2's does not: the template does what the model knows.
         begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [
@@ -60,6 +64,27 @@ def load_tokenizer(
         )  # only fills rows up; the loss is masked by position, not by token id
     check_template(tokenizer, f"the chat template of model {name!r} ({flag})")
     return tokenizer
+
+
+def without_thinking(template: str) -> str:
+    """A chat template that lets a model think before it answers (Qwen3, SmolLM3, GLM-4.5), with that switched off.
+
+    Such a template closes an empty block of thoughts before the answer. In the data's answers there are none: they
+    would teach the model to think nothing, and the base would spend its answer on thoughts. As a part of the template,
+    the switch holds in training, in scoring and wherever the model is served.
+    """
+    reads = re.search(r"\benable_thinking\b", template) and not template.startswith(NO_THINKING)
+    return NO_THINKING + template if reads else template
+
+
+def is_silent(tokenizer) -> bool:
+    """Whether thinking is switched off in this tokenizer's template."""
+    return (tokenizer.chat_template or "").startswith(NO_THINKING)
+
+
+def say_if_silent(tokenizer) -> None:
+    if is_silent(tokenizer):
+        say("note: this model can think before it answers; its chat template is used with thinking switched off")
 
 
 def check_template(tokenizer, what: str) -> None:
@@ -206,8 +231,8 @@ class Ruler:
     """Tells which rows are longer than max_length tokens, without tokenising those that cannot be.
 
     A token is at least one byte, so a row of fewer bytes, its template's included, is short enough. What the template
-    adds depends on the roles alone. A tokenizer's longest token says from how many characters on a row is too long
-    whatever it holds: 50 MB would take minutes.
+    adds depends on the roles alone, but for answers with thoughts in them. A tokenizer's longest token says from how
+    many characters on a row is too long whatever it holds: 50 MB would take minutes.
     """
 
     def __init__(self, tokenizer, max_length: int):
@@ -218,7 +243,8 @@ class Ruler:
     def too_long(self, prompt: list[dict], completion: list[dict]) -> int | None:
         """None where the row fits, else its tokens, or 0 where it is too long to count them.
 
-        Raises: ValueError where the chat template has no form for such a conversation (Gemma's: no system turn).
+        Raises: ValueError where the chat template has no form for such a conversation (Gemma's: no system turn; one
+        whose thinking is switched off: no answer with thoughts).
         """
         roles = tuple(message["role"] for message in prompt)
         try:
@@ -226,7 +252,8 @@ class Ruler:
                 bare = [{"role": role, "content": "x"} for role in roles], [{**completion[0], "content": "x"}]
                 self.added[roles] = len("".join(render(self.tokenizer, *bare)).encode()) - len(roles) - 1
             texts = [message["content"] for message in (*prompt, *completion)]
-            if self.added[roles] + sum(len(text.encode()) for text in texts) <= self.max_length:
+            short = self.added[roles] + sum(len(text.encode()) for text in texts) <= self.max_length
+            if short and THOUGHTS not in texts[-1]:
                 return None
             if sum(map(len, texts)) > max(self.max_length, 2048) * self.longest:
                 return 0

@@ -252,7 +252,7 @@ def with_its_template(path: str, tokenizer):
     if not own.template or own.template == tokenizer.chat_template:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = own.template
+    tokenizer.chat_template = chat.without_thinking(own.template)
     chat.check_template(tokenizer, f"the chat template of {path}")
     return tokenizer
 

@@ -34,7 +34,7 @@ def sentence(note: Note, words: dict[str, str]) -> str:
     """A note as a sentence; models are named in it as their folders and flags are."""
     key, values = note
     called = {kind: words.get(value, value) if kind == "name" else value for kind, value in values.items()}
-    return without_zero_signs(words[f"note_{key}"].format_map(called))
+    return without_zero_signs(joined(words[f"note_{key}"].format_map(called)))
 
 
 def verdict(results: dict, pairs: list[tuple[str, str]], words: dict) -> str:

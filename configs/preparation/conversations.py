@@ -2,6 +2,7 @@
 
 import re
 
+from configs import chat
 from configs.preparation.reading import BadRow
 
 # what the formats of OpenAI, ShareGPT, FastChat, Gemini, LLaMA-Factory and Chinese data sets call the speakers
@@ -191,3 +192,10 @@ def check_conversation(prompt: list[dict], completion: list[dict], marks: list[s
             content.encode()
         except UnicodeEncodeError:  # JSON may hold half of a pair, "\\ud83d"; no file can
             raise BadRow("half a surrogate pair") from None
+
+
+def no_form(tokenizer, completion: list[dict]) -> str:
+    """Why a row is left out for which the chat template has no form."""
+    if chat.is_silent(tokenizer) and chat.THOUGHTS in completion[0]["content"]:
+        return "answer with thoughts, which the chat template switches off (--prompt_format chatml keeps them)"
+    return "conversation that the chat template cannot render"

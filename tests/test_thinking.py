@@ -1,0 +1,114 @@
+"""Models that can think before they answer: that is switched off in training, in scoring and where they go."""
+
+import json
+
+import pytest
+import torch
+from conftest import SCRIPTS, SHORT, ok, refused, run, write_rows
+from hub import finance_rows
+from test_architectures import SHAPE, TEXTS
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from configs import chat
+from configs.training import ollama
+
+# As Qwen3's, without its tools: an answer that is the last turn has a block of thoughts, an earlier one has none, and
+# a prompt closes an empty block where thinking is off.
+THINKER = (
+    "{%- for m in messages %}{%- set said = m.content %}{%- set thoughts = '' %}"
+    "{%- if m.role == 'assistant' and '</think>' in said %}"
+    "{%- set thoughts = said.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+    "{%- set said = said.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
+    "{{- '<|im_start|>' + m.role + '\\n' }}"
+    "{%- if m.role == 'assistant' and loop.last %}{{- '<think>\\n' + thoughts + '\\n</think>\\n\\n' }}{%- endif %}"
+    "{{- said + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+EMPTY = "<think>\n\n</think>\n\n"
+ASKED = [{"role": "user", "content": "What is a bond?"}]
+ANSWERED = [{"role": "assistant", "content": "A loan."}]
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory) -> str:
+    """The folder of a tiny Qwen3 with such a template."""
+    folder = tmp_path_factory.mktemp("thinker") / "model"
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(TEXTS, vocab_size=480, show_progress=False)
+    trained = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge) for merge in trained["merges"]]
+    more = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
+    tokenizer = Qwen2Tokenizer(vocab=trained["vocab"], merges=merges, model_max_length=1024, **more)
+    tokenizer.add_tokens(["<think>", "</think>"])  # tokens, and no special ones, as there
+    tokenizer.chat_template = THINKER
+    config = Qwen3Config(vocab_size=512, **SHAPE, head_dim=16, eos_token_id=tokenizer.eos_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_switch_is_off_and_travels_with_the_template(thinker, tmp_path):
+    tokenizer = chat.load_tokenizer(thinker, None, "auto")
+    assert chat.is_silent(tokenizer) and not chat.is_our_template(tokenizer)
+    before, after = chat.render(tokenizer, ASKED, ANSWERED)
+    assert before.endswith("<|im_start|>assistant\n" + EMPTY) and after == "A loan.<|im_end|>"
+    # an earlier answer stands in a prompt as the model has seen it
+    longer = [*ASKED, *ANSWERED, {"role": "user", "content": "Why?"}]
+    assert chat.render(tokenizer, longer, ANSWERED)[0].count("<think>") == 1
+    # who loads it again, and asks for thoughts, gets the prompts of the training
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    said = {"tokenize": False, "add_generation_prompt": True}
+    assert again.apply_chat_template(ASKED, **said, enable_thinking=True) == before
+    assert chat.load_tokenizer(str(tmp_path), None, "auto").chat_template == tokenizer.chat_template
+    # other templates are left as they are
+    assert not chat.is_silent(chat.load_tokenizer(thinker, None, "chatml"))
+    assert chat.without_thinking("{{ messages }} {# enable_thinkings #}") == "{{ messages }} {# enable_thinkings #}"
+
+
+def test_answers_with_thoughts_are_left_out_or_kept_as_text(thinker, tmp_path):
+    rows = finance_rows(160)
+    for row in rows[:40]:
+        row["output"] = "<think>\nWhat do they mean?\n</think>\n\n" + row["output"]
+    rows[40]["output"] = EMPTY + rows[40]["output"]  # as some data sets have it; nobody thinks in it
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = ("--dataset_name", source, "--model_name", thinker, "--eval_fraction", "0.2")
+    refused(run(SCRIPTS[0], *flags, cwd=tmp_path), "40 x answer with thoughts", "--prompt_format chatml keeps them")
+    flags += ("--max_drop_fraction", "0.3")
+    said = ok(run(SCRIPTS[0], *flags, cwd=tmp_path))
+    assert "its chat template is used with thinking switched off" in said
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text("utf-8"))
+    reason = "answer with thoughts, which the chat template switches off (--prompt_format chatml keeps them)"
+    assert manifest["rows"]["dropped"][reason] == 40
+    ok(run(SCRIPTS[0], *flags, "--prompt_format", "chatml", "--data_dir", "kept", cwd=tmp_path))
+    kept = json.loads((tmp_path / "kept/manifest.json").read_text("utf-8"))["rows"]
+    assert reason not in kept["dropped"] and kept["train"] > manifest["rows"]["train"]
+    # where all answers have them, nothing is left
+    write_rows(source, rows[:40])
+    refused(run(SCRIPTS[0], *flags, "--data_dir", "none", cwd=tmp_path), "--prompt_format chatml")
+
+
+@pytest.mark.slow
+def test_all_steps_train_and_ask_without_thoughts(thinker, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", finance_rows(160))
+    model = ("--model_name", thinker)
+    ok(run(SCRIPTS[0], "--dataset_name", rows, *model, "--eval_fraction", "0.2", cwd=tmp_path))
+    ok(run(SCRIPTS[1], *model, *SHORT, "--use_4bit", "false", "--merge_adapter", cwd=tmp_path))
+    ok(run(SCRIPTS[2], *model, *SHORT, cwd=tmp_path))
+    ok(run(SCRIPTS[3], *model, "--max_new_tokens", "8", "--resamples", "2000", cwd=tmp_path))
+    outputs = tmp_path / "outputs"
+    tokenizer = AutoTokenizer.from_pretrained(outputs / "full_model/final_model")
+    assert chat.is_silent(tokenizer)
+    scored = [json.loads(line) for line in (outputs / "evaluation_examples.jsonl").read_text("utf-8").splitlines()]
+    for name in ("lora", "full", "merged"):
+        asked = [tokenizer.decode(row["context_ids"]) for row in scored if row["model"] == name and "nll" in row]
+        assert asked and all(text.endswith("<|im_start|>assistant\n" + EMPTY) for text in asked)
+        answers = [row["continuation_ids"] for row in scored if row["model"] == name and "nll" in row]
+        assert not any("think>" in tokenizer.decode(ids) for ids in answers)
+    assert json.loads((outputs / "full_model/training_log.json").read_text("utf-8"))["summary"]["status"] == "done"
+    assert ollama.go_template(tokenizer).endswith("<|im_start|>assistant\n" + EMPTY)
