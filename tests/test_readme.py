@@ -199,7 +199,7 @@ def test_every_preset_is_there_and_every_preset_is_named(readme):
     alike = [
         span
         for span in spans(readme)
-        if re.fullmatch(r"(gpu|demo|cpu|mac|t4|a100|h100|qwen|llama|tinyllama)(_\w+)?", span)
+        if re.fullmatch(r"(gpu|demo|cpu|mac|t4|a100|h100|qwen3?|llama|tinyllama)(_\w+)?", span)
     ]
     assert set(alike) <= known.keys()
     assert known.keys() <= set(alike), "a preset that the README does not name is found by nobody"
