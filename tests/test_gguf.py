@@ -126,6 +126,8 @@ def test_batches_padding_and_its_cache_change_no_answer(work, tiny):
     many = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1] * 30
     nll = scoring.score(model, many, None, "many").reshape(30, -1)
     assert np.ptp(nll, axis=0).max() < 1e-2 < np.ptp(nll, axis=1).min()
+    # its room is that of the largest batch, not of the most rows times the longest one
+    assert model.room <= len(prompts) * (max(map(len, prompts)) + 20 + gguf.GROWTH)
 
 
 @llama_cpp

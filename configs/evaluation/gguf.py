@@ -22,8 +22,9 @@ from configs.settings import fail, say
 
 SUFFIX = ".gguf"
 PACKAGE = "llama-cpp-python"
-TOKENS = 512  # read by llama.cpp at once
+TOKENS = 512  # read by llama.cpp at once; each gives as many logits as there are tokens in the vocabulary
 ROWS = 64  # sequences that it holds at once; its own limit is 256
+GROWTH = 256  # tokens by which an answer may grow before llama.cpp needs more room, and reads all of it anew
 
 
 def is_gguf(folder: str | Path) -> bool:
@@ -118,7 +119,7 @@ class GgufModel(PreTrainedModel, GenerationMixin):
     def __init__(self, path: str | Path):
         weights = Weights(path)
         super().__init__(weights.config())
-        self.weights, self.context, self.room, self.read = weights, None, (0, 0), []
+        self.weights, self.context, self.room, self.read = weights, None, 0, []
         self.nothing = torch.nn.Parameter(torch.empty(0), requires_grad=False)  # where transformers looks for device
         self.served = Served(self)
         self.generation_config = GenerationConfig()
@@ -134,20 +135,24 @@ class GgufModel(PreTrainedModel, GenerationMixin):
     def logits(self, rows: list[list[int]], keep: int | None) -> list[np.ndarray]:
         """Logits of each row's last `keep` positions (None: of all), shape (positions, vocabulary).
 
-        rows: at most ROWS lists of token ids. Raises: RuntimeError where llama.cpp cannot compute them.
+        rows: at most ROWS lists of token ids. Raises: OutOfMemoryError where they do not fit, RuntimeError where
+        llama.cpp cannot compute them.
         """
-        self.make_room(len(rows), max(map(len, rows)))
+        self.make_room(len(rows), max(map(len, rows)), keep)
         memory = self.weights.cpp.llama_get_memory(self.context)
-        pending = []  # (row, position, token, whether its logits are wanted)
+        forget, pending = self.weights.cpp.llama_memory_seq_rm, []
+        for n in range(len(rows), ROWS):  # what an earlier batch has left takes room
+            if self.read[n]:
+                forget(memory, n, -1, -1)
+                self.read[n] = []
         for n, row in enumerate(rows):
             wanted = 0 if keep is None else len(row) - keep
             known = min(common(self.read[n], row), wanted)
-            if not self.weights.cpp.llama_memory_seq_rm(
-                memory, n, known, -1
-            ):  # a recurrent model keeps all or nothing
-                self.weights.cpp.llama_memory_seq_rm(memory, n, -1, -1)
+            if not forget(memory, n, known, -1):  # a recurrent model keeps all or nothing
+                forget(memory, n, -1, -1)
                 known = 0
             self.read[n] = list(row)
+            # (row, position, token, whether its logits are wanted)
             pending += [(n, place, row[place], place >= wanted) for place in range(known, len(row))]
         found = [[] for _ in rows]
         for start in range(0, len(pending), TOKENS):
@@ -164,8 +169,9 @@ class GgufModel(PreTrainedModel, GenerationMixin):
                 batch.token[i], batch.pos[i], batch.logits[i] = token, place, wanted
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
             if status := cpp.llama_decode(self.context, batch):
-                self.read = [[] for _ in self.read]
-                raise RuntimeError(f"llama.cpp could not compute {len(part)} tokens (status {status})")
+                self.free()
+                kind = torch.OutOfMemoryError if status in (1, -2) else RuntimeError  # no room, no memory
+                raise kind(f"llama.cpp could not compute {len(part)} tokens (status {status})")
             for i, (row, _, _, wanted) in enumerate(part):
                 if wanted:
                     values = cpp.llama_get_logits_ith(self.context, i)
@@ -173,22 +179,21 @@ class GgufModel(PreTrainedModel, GenerationMixin):
         finally:
             cpp.llama_batch_free(batch)
 
-    def make_room(self, rows: int, width: int) -> None:
-        """A context of llama.cpp that holds so many rows of so many tokens; the old one, where it does."""
-        if self.context and rows <= self.room[0] and width <= self.room[1]:
+    def make_room(self, rows: int, width: int, keep: int | None) -> None:
+        """A context of llama.cpp that holds so many rows of so many tokens; the one that is there, where it does."""
+        if self.context and rows * width <= self.room:
             return
-        cpp, self.room = self.weights.cpp, (max(rows, self.room[0]), max(width + 64, self.room[1]))
         self.free()
+        cpp, self.room = self.weights.cpp, max(rows * (width if keep is None else width + GROWTH), TOKENS)
         params = cpp.llama_context_default_params()
-        params.n_seq_max, params.kv_unified = self.room[0], True
-        params.n_ctx = self.room[0] * self.room[1]
+        params.n_seq_max, params.kv_unified, params.n_ctx = ROWS, True, self.room
         params.n_batch = params.n_ubatch = TOKENS
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
         params.no_perf = True
         self.context = cpp.llama_init_from_model(self.weights.model, params)
         if not self.context:
             raise torch.OutOfMemoryError(f"llama.cpp found no memory for {rows} rows of {width} tokens")
-        self.read = [[] for _ in range(self.room[0])]
+        self.read = [[] for _ in range(ROWS)]
 
     def free(self) -> None:
         if self.context:

@@ -107,6 +107,8 @@ _held: dict[str, int] = {}
 
 def token_budget(model: PreTrainedModel) -> int:
     """Padded tokens of a forward pass."""
+    if isinstance(model, gguf.GgufModel):
+        return gguf.TOKENS  # it gives the logits of all of them
     return PASS_TOKENS_CPU if model.device.type == "cpu" else PASS_TOKENS_GPU
 
 
