@@ -258,7 +258,7 @@ def test_every_preset_has_a_rate_that_is_not_doubted():
     widths = {"microsoft/phi-2": 2560, "outputs/demo_base_model": 192, "outputs/demo_base_model_zh": 192}
     widths |= {"TinyLlama/TinyLlama-1.1B-Chat-v1.0": 2048}
     widths |= {"Qwen/Qwen2.5-0.5B": 896, "Qwen/Qwen2.5-1.5B": 1536, "meta-llama/Llama-3.2-1B": 2048}
-    widths |= {"meta-llama/Llama-2-7b-hf": 4096}
+    widths |= {"meta-llama/Llama-2-7b-hf": 4096, "Qwen/Qwen3-0.6B": 1024, "Qwen/Qwen3-1.7B": 2048}
     for preset in sorted(path.stem for path in (ROOT / "configs/presets").glob("*.yaml")):
         for script in (LORA, FULL):
             settings = SimpleNamespace(**resolved(ROOT / script, ["--preset", preset]))

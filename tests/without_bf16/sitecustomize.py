@@ -8,9 +8,12 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
+import tempfile
 
 os.environ["ATEN_CPU_CAPABILITY"] = "avx2"  # torch's own kernels
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"  # and its matrix products
+# What torch compiles for one of them it would take for the other, too: the cache's key does not name them.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "torchinductor_without_bf16"))
 HIDDEN = {
     "torch.cpu": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
     "bitsandbytes.functional": ("has_avx512bf16",),
