@@ -89,6 +89,7 @@ from configs.evaluation.candidates import (
     TRAINED,
     Candidate,
     HeldOut,
+    check_forms,
     cost,
     find_candidates,
     load_held_out,
@@ -238,6 +239,8 @@ def measure(
     pairs = {"chat": [(context, answer_ids[:-1]) for context, answer_ids in encoded]}
     plain = [chat.plain_prompt(tokenizer, row["prompt"]) for row in held_out.rows]
     pairs["plain"] = [(context, answer_ids) for context, (_, answer_ids) in zip(plain, pairs["chat"], strict=True)]
+    mend = candidate.remedy if candidate.method == "other" else command(PREPARE, "--max_length", "512")
+    chat.check_lengths(model, [context + ids[:-1] for context, ids in pairs["chat"]], f"{label}: the test split", mend)
     nll = {form: score(model, pairs[form], budget, f"{label}, {form} prompt") for form in forms}
     for values in nll.values():
         if not np.isfinite(values).all():
@@ -251,8 +254,7 @@ def measure(
     answers = None
     if not candidate.is_control:
         prompt_ids = [ask(candidate, p["prompt"], form) for p in held_out.prompts]
-        mend = command(PREPARE, "--max_length", "512")
-        chat.check_lengths(model, prompt_ids, f"{settings.DATA_DIR}/test_prompts.json", mend)
+        chat.check_lengths(model, prompt_ids, f"{label}: {settings.DATA_DIR}/test_prompts.json", mend)
         answers = answer_prompts(settings, candidate, model, prompt_ids, settings.GENERATION_BATCH)
     scored_text = None
     if general:
@@ -481,6 +483,7 @@ def main() -> None:
         made_from = state.made_from(vars(settings))  # before: a training may end while this runs
         held_out = load_held_out(settings, manifest)
         candidates = load_tokenizers(candidates, settings, manifest["settings"]["PROMPT_FORMAT"])
+        check_forms(candidates, held_out)
         measured = measure_all(settings, candidates, held_out, general)
         if not main_process():
             return device.leave()  # one process has all results, and writes them

@@ -23,7 +23,7 @@ PLAIN = "Question: {question}\n\nAnswer:"
 LONGEST_TEMPLATE = 200_000  # characters
 RENDERING_SECONDS = 10  # for one conversation
 RENDERING_BYTES = 2_000_000_000
-NO_THINKING = "{%- set enable_thinking = false %}"  # before a template that reads it
+NO_THINKING = "{%- set enable_thinking = false %}\n"  # before a template that reads it
 THOUGHTS = "</think>"  # where a model's thoughts end
 
 # --- templates
@@ -49,9 +49,8 @@ def load_tokenizer(
     tokenizer = models.load_tokenizer(name, revision, flag, mend)
     if isinstance(tokenizer.chat_template, dict):  # several, by name
         tokenizer.chat_template = tokenizer.chat_template.get("default")
-    if prompt_format == "auto" and tokenizer.chat_template:
-        tokenizer.chat_template = without_thinking(tokenizer.chat_template)
-    else:
+    own = prompt_format == "auto" and tokenizer.chat_template
+    if not own:
         template = chat_template_file("chatml" if prompt_format == "auto" else prompt_format).read_text("utf-8")
         # Llama's tokenizer begins every text with its BOS, phi-2's does not: the template does what the model knows.
         begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [
@@ -63,18 +62,29 @@ def load_tokenizer(
             tokenizer.eos_token
         )  # only fills rows up; the loss is masked by position, not by token id
     check_template(tokenizer, f"the chat template of model {name!r} ({flag})")
+    if own:
+        switch_thinking_off(tokenizer)
     return tokenizer
 
 
-def without_thinking(template: str) -> str:
-    """A chat template that lets a model think before it answers (Qwen3, SmolLM3, GLM-4.5), with that switched off.
+def switch_thinking_off(tokenizer) -> None:
+    """Let a template that lets its model think before it answers (Qwen3, SmolLM3, GLM-4.5) not do so.
 
     Such a template closes an empty block of thoughts before the answer. In the data's answers there are none: they
     would teach the model to think nothing, and the base would spend its answer on thoughts. As a part of the template,
-    the switch holds in training, in scoring and wherever the model is served.
+    the switch holds in training, in scoring and wherever the model is served. A template that it does not change, or
+    that no longer fits its own answers with it, stays as it is.
     """
-    reads = re.search(r"\benable_thinking\b", template) and not template.startswith(NO_THINKING)
-    return NO_THINKING + template if reads else template
+    template = tokenizer.chat_template
+    if not re.search(r"\benable_thinking\b", template) or template.startswith(NO_THINKING):
+        return
+    shortest = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    with contextlib.suppress(Exception):  # it may ask for a system message first, or have no form without thoughts
+        before = tokenizer.apply_chat_template(shortest[0], tokenize=False, add_generation_prompt=True)
+        tokenizer.chat_template = NO_THINKING + template
+        if render(tokenizer, *shortest)[0] != before:
+            return
+    tokenizer.chat_template = template
 
 
 def is_silent(tokenizer) -> bool:
@@ -180,11 +190,18 @@ def without_markers(text: str, marks: list[str]) -> str:
 def render(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[str, str]:
     """Text of the prompt up to where the answer begins, and of the answer up to and with the token that ends it.
 
-    Raises: ValueError when the template does not continue its own generation prompt (the answer cannot be told apart).
+    Raises: ValueError when the template has no form for the conversation, or does not continue its own generation
+    prompt (the answer cannot be told apart).
     """
-    with time_limit(RENDERING_SECONDS):
-        before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        conversation = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+    try:
+        with time_limit(RENDERING_SECONDS):
+            before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            conversation = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+    except (jinja2.TemplateSyntaxError, jinja2.exceptions.SecurityError, MemoryError, RecursionError):
+        raise
+    except Exception as error:  # a template is a program, and may raise whatever Python does
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"the chat template has no form for this conversation ({why})") from error
     if not conversation.startswith(before):
         raise ValueError("the chat template renders a prompt differently once its answer is there")
     after = conversation[len(before) :]
@@ -247,19 +264,16 @@ class Ruler:
         whose thinking is switched off: no answer with thoughts).
         """
         roles = tuple(message["role"] for message in prompt)
-        try:
-            if roles not in self.added:
-                bare = [{"role": role, "content": "x"} for role in roles], [{**completion[0], "content": "x"}]
-                self.added[roles] = len("".join(render(self.tokenizer, *bare)).encode()) - len(roles) - 1
-            texts = [message["content"] for message in (*prompt, *completion)]
-            short = self.added[roles] + sum(len(text.encode()) for text in texts) <= self.max_length
-            if short and THOUGHTS not in texts[-1]:
-                return None
-            if sum(map(len, texts)) > max(self.max_length, 2048) * self.longest:
-                return 0
-            tokens = sum(map(len, encode(self.tokenizer, prompt, completion)))
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template has no form for this conversation: {error}") from error
+        if roles not in self.added:
+            bare = [{"role": role, "content": "x"} for role in roles], [{**completion[0], "content": "x"}]
+            self.added[roles] = len("".join(render(self.tokenizer, *bare)).encode()) - len(roles) - 1
+        texts = [message["content"] for message in (*prompt, *completion)]
+        short = self.added[roles] + sum(len(text.encode()) for text in texts) <= self.max_length
+        if short and THOUGHTS not in texts[-1]:
+            return None
+        if sum(map(len, texts)) > max(self.max_length, 2048) * self.longest:
+            return 0
+        tokens = sum(map(len, encode(self.tokenizer, prompt, completion)))
         return tokens if tokens > self.max_length else None
 
 

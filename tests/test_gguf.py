@@ -215,17 +215,56 @@ def test_files_that_are_not_what_they_seem(work, tiny, tmp_path):
     (work / "begun.gguf").write_bytes(whole[:400])
     (work / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     convert(tiny_phi(tmp_path / "smaller", vocab=400), work / "smaller.gguf", "f32")
+    # as many tokens, and other ones: the ids of one model mean nothing to the other
+    backwards = tmp_path / "backwards"
+    shutil.copytree(tiny, backwards)
+    described = json.loads((backwards / "tokenizer.json").read_text("utf-8"))
+    known = described["model"]["vocab"]
+    described["model"]["vocab"] = {token: len(known) - 1 - n for token, n in known.items()}
+    (backwards / "tokenizer.json").write_text(json.dumps(described), "utf-8")
+    convert(backwards, work / "backwards.gguf", "f32")
+    reads = tiny_with(tmp_path / "strict", tiny, "{{ raise_exception('a system message first') }}")
+    convert(reads, work / "strict.gguf", "f32")
     before = (work / "outputs/evaluation_results.json").read_bytes()
     for name, said in (
         ("text", "text.gguf is no GGUF"),
         ("begun", "begun.gguf cannot be read by llama.cpp"),
         ("cut", "cut.gguf cannot be read by llama.cpp"),
         ("smaller", "smaller.gguf has 400 tokens"),
+        ("backwards", "which are not those of MODEL_NAME's tokenizer"),
+        ("strict", "mine cannot be asked test row"),
     ):
         flags = ["--model_name", tiny, "--max_new_tokens", "4", "--precision", "fp32", "--max_eval_samples", "4"]
         errors = refused(run(EVALUATE, *flags, "--candidates", f"mine={name}.gguf", cwd=work), said)
         assert len(errors) == 1
         assert (work / "outputs/evaluation_results.json").read_bytes() == before
+
+
+def tiny_with(folder: Path, tiny: Path, template: str) -> Path:
+    """A copy of the tiny model with this chat template."""
+    shutil.copytree(tiny, folder)
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    return folder
+
+
+@llama_cpp
+@pytest.mark.slow
+def test_a_server_without_a_template_or_with_thoughts_is_named(work, tiny, tmp_path):
+    from test_thinking import THINKER
+
+    from configs import chat
+    from configs.evaluation import gguf
+    from configs.evaluation.candidates import Candidate
+
+    prompts = [{"prompt": [{"role": "user", "content": "What is a bond?"}]}]
+    tokenizer = chat.load_tokenizer(str(tiny), None, "auto")
+    bare = Candidate("bare", "other", str(work / "base.gguf"), tokenizer=tokenizer)
+    assert gguf.served_otherwise([bare], prompts) == [("no_template", {"name": "bare"})]
+    path = str(convert(tiny_with(tmp_path / "thinker", tiny, THINKER), tmp_path / "thinker.gguf", "f32"))
+    asked = gguf.with_its_template(path, tokenizer)
+    assert chat.is_silent(asked)
+    notes = gguf.served_otherwise([Candidate("mine", "other", path, tokenizer=asked)], prompts)
+    assert ("served_thinking", {"name": "mine"}) in notes
 
 
 def test_without_the_package_it_says_which_one(tmp_path, trained, tiny):

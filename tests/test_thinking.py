@@ -66,9 +66,34 @@ def test_the_switch_is_off_and_travels_with_the_template(thinker, tmp_path):
     said = {"tokenize": False, "add_generation_prompt": True}
     assert again.apply_chat_template(ASKED, **said, enable_thinking=True) == before
     assert chat.load_tokenizer(str(tmp_path), None, "auto").chat_template == tokenizer.chat_template
-    # other templates are left as they are
     assert not chat.is_silent(chat.load_tokenizer(thinker, None, "chatml"))
-    assert chat.without_thinking("{{ messages }} {# enable_thinkings #}") == "{{ messages }} {# enable_thinkings #}"
+
+
+ALWAYS = "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        ALWAYS + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}{# enable_thinking #}",
+        # it asks a namespace of its own
+        "{%- set ns = namespace(enable_thinking=true) %}" + ALWAYS + "{%- if add_generation_prompt %}"
+        "{{- '<|im_start|>assistant\n' }}{%- if not ns.enable_thinking %}{{- '<think>' }}{%- endif %}{%- endif %}",
+        # off, it closes a block that its own answers do not have
+        ALWAYS + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+        "{%- if enable_thinking is false %}{{- '<think></think>' }}{%- endif %}{%- endif %}",
+        "{{ raise_exception('a system message first') }}{{ enable_thinking }}",
+    ],
+)
+def test_a_template_that_the_switch_does_not_fit_stays_as_it_is(thinker, template):
+    tokenizer = AutoTokenizer.from_pretrained(thinker)
+    tokenizer.chat_template = template
+    chat.switch_thinking_off(tokenizer)
+    assert tokenizer.chat_template == template
+    tokenizer.chat_template = "\n" + THINKER  # white space before it is what it was
+    raw = tokenizer.apply_chat_template(ASKED, tokenize=False)
+    chat.switch_thinking_off(tokenizer)
+    assert chat.is_silent(tokenizer) and tokenizer.apply_chat_template(ASKED, tokenize=False) == raw
 
 
 def test_answers_with_thoughts_are_left_out_or_kept_as_text(thinker, tmp_path):

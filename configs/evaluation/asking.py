@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-import jinja2
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.table import Table
@@ -160,7 +159,7 @@ def reply(
     """
     try:
         ids = (plain_ids if usual_form(candidate) == "plain" else chat.chat_prompt)(candidate.tokenizer, messages)
-    except (jinja2.TemplateError, ValueError) as error:
+    except ValueError as error:
         raise Unanswered("no_form", why=" ".join(str(error).split())[:200]) from error
     if len(ids) >= (most := chat.positions(model.config)):
         raise Unanswered("too_long", tokens=len(ids), positions=most)

@@ -226,7 +226,13 @@ def load_tokenizers(candidates: list[Candidate], settings, prompt_format: str) -
 
 
 def cost(candidate: Candidate) -> dict | None:
-    """What a training took, from its log, and the bytes of what it made, its card aside; None for a base."""
+    """What a training took, from its log, and the bytes of what it made, its card aside; None for a base.
+
+    Of a GGUF, the bytes alone are known.
+    """
+    if gguf.is_gguf(candidate.folder):
+        unknown = ("device", "trainable", "train_runtime_s", "tokens", "tokens_per_second", "peak_memory_bytes")
+        return dict.fromkeys(unknown) | {"disk_bytes": Path(candidate.folder).stat().st_size}
     if candidate.log is None:
         return None
     keys = ("train_runtime_s", "tokens", "tokens_per_second", "peak_memory_bytes")
@@ -325,6 +331,23 @@ def load_held_out(settings, manifest: dict) -> HeldOut:
             f"(MAX_EVAL_SAMPLES), or more data: {command(PREPARE)}"
         )
     return held_out
+
+
+def check_forms(candidates: list[Candidate], held_out: HeldOut) -> None:
+    """Refuse a model whose chat template has no form for some test row, before anything is measured.
+
+    Raises: SystemExit(2) with the first such row.
+    """
+    asked = [(row["id"], row["prompt"], row["completion"]) for row in held_out.rows]
+    asked += [(p["id"], p["prompt"], [{"role": "assistant", "content": p["reference"]}]) for p in held_out.prompts]
+    for candidate in {id(candidate.tokenizer): candidate for candidate in reversed(candidates)}.values():
+        for row, prompt, completion in asked:
+            try:
+                chat.render(candidate.tokenizer, prompt, completion)
+            except ValueError as error:
+                mend = f"prepare the data with a format of ours: {command(PREPARE, '--prompt_format', 'chatml')}"
+                mend = f"leave {candidate.label} out of CANDIDATES" if candidate.method == "other" else mend
+                fail(f"{candidate.label} cannot be asked test row {row}: {error}; {mend}")
 
 
 # --- what makes a verdict impossible

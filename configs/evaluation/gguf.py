@@ -35,8 +35,16 @@ def fault(path: Path) -> str:
     """Why a file cannot be measured, as the end of a sentence about it; "" where it can."""
     if importlib.util.find_spec("llama_cpp") is None:
         return f"is a GGUF, which needs {PACKAGE} (a C++ compiler builds it on your machine): pip install {PACKAGE}"
-    with path.open("rb") as file:
-        magic = file.read(4)
+    try:
+        import llama_cpp  # noqa: F401  (it may have been built for another machine)
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        return f"is a GGUF, and {PACKAGE} does not start ({why}): pip install --force-reinstall {PACKAGE}"
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     if magic != b"GGUF":
         return "is no GGUF: its first bytes are not those of one"
     try:
@@ -75,7 +83,7 @@ class Weights:
     def template(self) -> str | None:
         """Its chat template, or None."""
         found = self.cpp.llama_model_chat_template(self.model, None)
-        return found.decode() if found else None
+        return found.decode("utf-8", "replace") if found else None
 
     @property
     def vocabulary(self) -> int:
@@ -86,6 +94,12 @@ class Weights:
         data, begun = text.encode(), bool(bos) and text.startswith(bos)
         found = (ctypes.c_int32 * (len(data) + 8))()
         return list(found[: self.cpp.llama_tokenize(self.vocab, data, len(data), found, len(found), not begun, True)])
+
+    def text(self, token: int) -> bytes:
+        """The bytes of a token."""
+        found = ctypes.create_string_buffer(256)
+        size = self.cpp.llama_token_to_piece(self.vocab, token, found, len(found), 0, True)
+        return found.raw[: max(size, 0)]
 
     def ends_with(self, token: int) -> bool:
         """Whether a server ends an answer at this token."""
@@ -246,31 +260,45 @@ def tokenizer_of(path: str | Path) -> Weights:
 def with_its_template(path: str, tokenizer):
     """The base's tokenizer with the chat template that the GGUF brings: in that one it is asked where it is deployed.
 
-    Raises: SystemExit(2) where the GGUF has fewer tokens than the tokenizer, so that it was made from another model.
+    Raises: SystemExit(2) where the GGUF has other tokens than the tokenizer, so that it was made from another model.
     """
     own = tokenizer_of(path)
-    if own.vocabulary < len(tokenizer):
+    if own.vocabulary < len(tokenizer) or strangers(own, tokenizer) > 0.5:
         fail(
-            f"{path} has {own.vocabulary:,} tokens, and the tokenizer of MODEL_NAME has {len(tokenizer):,}: it was "
-            "made from another model; leave it out of CANDIDATES"
+            f"{path} has {own.vocabulary:,} tokens, which are not those of MODEL_NAME's tokenizer "
+            f"({len(tokenizer):,}): it was made from another model; leave it out of CANDIDATES"
         )
     if not own.template or own.template == tokenizer.chat_template:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = chat.without_thinking(own.template)
+    tokenizer.chat_template = own.template
     chat.check_template(tokenizer, f"the chat template of {path}")
+    chat.switch_thinking_off(tokenizer)
     return tokenizer
+
+
+def strangers(own: Weights, tokenizer) -> float:
+    """The share of 300 tokens, spread over the vocabulary, whose text is another one in the GGUF."""
+    ids = [*range(0, len(tokenizer), len(tokenizer) // 300 or 1)]
+    texts = {n: tokenizer.decode([n]).strip().encode() for n in ids}
+    whole = [n for n, text in texts.items() if text and b"\xef\xbf\xbd" not in text]  # not a part of a character
+    return sum(own.text(n).strip() != texts[n] for n in whole) / max(len(whole), 1)
 
 
 def served_otherwise(candidates: list, prompts: list[dict]) -> list[tuple[str, dict]]:
     """Notes on what a server would do otherwise than step 4 with the GGUFs among the candidates.
 
-    prompts: {prompt} of the test prompts. Its own tokenizer may make other tokens of them, and the token that ends an
-    answer may not be one at which the server stops.
+    prompts: {prompt} of the test prompts. It may have no template, or one that lets it think; its own tokenizer may
+    make other tokens of the prompts; and the token that ends an answer may not be one at which the server stops.
     """
     notes = []
     for candidate in (c for c in candidates if is_gguf(c.folder)):
         own, tokenizer = tokenizer_of(candidate.folder), candidate.tokenizer
+        if not own.template:
+            notes.append(("no_template", {"name": candidate.label}))
+            continue
+        if chat.is_silent(tokenizer) and own.template != tokenizer.chat_template:
+            notes.append(("served_thinking", {"name": candidate.label}))
         other = 0
         for prompt in prompts:
             text = chat.render(tokenizer, prompt["prompt"], [{"role": "assistant", "content": "a"}])[0]
@@ -278,7 +306,7 @@ def served_otherwise(candidates: list, prompts: list[dict]) -> list[tuple[str, d
             other += own.ids(text, tokenizer.bos_token) != ids
         if other:
             notes.append(("other_tokens", {"name": candidate.label, "number": other, "of": len(prompts)}))
-        if candidate.taught and not own.ends_with(end := chat.answer_end(tokenizer)):
+        if not own.ends_with(end := chat.answer_end(tokenizer)):
             token = tokenizer.convert_ids_to_tokens(end)
             notes.append(("no_end_token", {"name": candidate.label, "token": token, "id": end}))
     return notes

@@ -133,7 +133,7 @@ def arrange_table(table: ElementTree.Element) -> None:
         first.tag = "th"
         first.set("scope", "row")
     for place, head in enumerate(heads[1:], start=1):
-        cells = [row[place] for row in rows]
+        cells = [row[place] for row in rows if row[place].text]
         numbers = [td for td in cells if td.text and all(map(NUMBERS.fullmatch, td.text.split()))]
         if 2 * len(numbers) >= len(cells) and any(td.text != "-" for td in numbers):
             for td in (head, *cells):  # "none" stands where its number would

@@ -145,22 +145,33 @@ def draw_forgetting(axis, against_base: dict, names: list[str], w: dict) -> None
         reach = np.abs(np.array(comparison["ci95"]) - comparison["difference"])
         return sign * comparison["difference"], reach[::sign, None]
 
-    def label(name: str, place: tuple[float, float], color: str) -> None:
-        axis.annotate(name_of(name, w), place, (6, 6), textcoords="offset points").set(color=color)
-
     axis.axhline(0, color=COLOR["faint"], zorder=0)
     axis.axvline(0, color=COLOR["faint"], zorder=0)
     axis.plot(0, 0, "o", color=COLORS["base"])
-    label("base", (0, 0), COLORS["base"])
+    points = [("base", (0.0, 0.0), COLORS["base"])]
     for name in names:
         learned, dx = bar(against_base[name, "nll_per_token"], -1)
         forgot, dy = bar(against_base[name, "forgetting"], 1)
         color = COLORS.get(name, OTHERS)
         axis.errorbar(learned, forgot, dy, dx, fmt="o", color=color, capsize=4)
-        label(name, (learned, forgot), color)
+        points.append((name, (learned, forgot), color))
     axis.set_xlabel(w["axis_learned"])
     axis.set_ylabel(w["axis_forgotten"])
     axis.margins(0.18)
+    label_points(axis, points, w)
+
+
+def label_points(axis, points: list[tuple[str, tuple[float, float], str]], w: dict) -> None:
+    """The names of models beside their points, one above another where points nearly coincide."""
+    axis.autoscale_view()
+    taken: list[tuple[float, float]] = []  # in typographic points
+    for name, place, color in points:
+        x, y = axis.transData.transform(place) * 72 / axis.figure.dpi
+        up = 6.0
+        while any(abs(x - a) < 60 and abs(y + up - b) < 11 for a, b in taken):
+            up += 11
+        taken.append((x, y + up))
+        axis.annotate(name_of(name, w), place, (6, up), textcoords="offset points").set(color=color)
 
 
 def draw_curves(axis, histories: dict[str, list[dict]], w: dict) -> None:

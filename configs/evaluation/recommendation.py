@@ -136,7 +136,9 @@ def costs_of(models: dict) -> dict[str, dict]:
     """What each training took, as far as it is known: {model: {key of THINGS: number}}."""
     known = {name: {key: (model.get("cost") or {}).get(key) for key in THINGS} for name, model in models.items()}
     return {
-        name: cost for name, cost in known.items() if name != "merged" and any(v is not None for v in cost.values())
+        name: cost
+        for name, cost in known.items()
+        if name != "merged" and any(v is not None for key, v in cost.items() if key != "disk_bytes")
     }
 
 

@@ -359,6 +359,8 @@ def answer(
     """
     lengths = [len(prompt) for prompt in prompts]
     size = size or prompt_budget(model, max(lengths, default=1) + limit)
+    if isinstance(model, gguf.GgufModel):
+        size = min(size, gguf.ROWS)  # beyond, it would read all rows anew for each token
     # a prompt that leaves less than `limit` positions would cut the answers beside it, so it is answered alone
     sizes = [1 if length + limit <= chat.positions(model.config) else size for length in lengths]
 
