@@ -54,15 +54,21 @@ def llama(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def qwen(folder: Path) -> None:
-    """As Qwen2.5-Instruct: a tied head, biases in attention, its own template, <|im_end|> ends a turn, no BOS."""
+def qwen_tokenizer(template: str) -> Qwen2Tokenizer:
+    """As Qwen's: its own template, <|im_end|> ends a turn, no BOS."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(TEXTS, vocab_size=480, show_progress=False)
     trained = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]
     more = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
     tokenizer = Qwen2Tokenizer(vocab=trained["vocab"], merges=merges, model_max_length=1024, **more)
-    tokenizer.chat_template = QWEN
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def qwen(folder: Path) -> None:
+    """As Qwen2.5-Instruct: a tied head, biases in attention."""
+    tokenizer = qwen_tokenizer(QWEN)
     # more rows than tokens, as there
     config = Qwen2Config(vocab_size=512, **SHAPE, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True)
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)

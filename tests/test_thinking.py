@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import SCRIPTS, SHORT, ok, refused, run, write_rows
 from hub import finance_rows
-from test_architectures import SHAPE, TEXTS
-from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from test_architectures import SHAPE, qwen_tokenizer
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from configs import chat
 from configs.training import ollama
@@ -36,14 +35,8 @@ ANSWERED = [{"role": "assistant", "content": "A loan."}]
 def thinker(tmp_path_factory) -> str:
     """The folder of a tiny Qwen3 with such a template."""
     folder = tmp_path_factory.mktemp("thinker") / "model"
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(TEXTS, vocab_size=480, show_progress=False)
-    trained = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge) for merge in trained["merges"]]
-    more = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
-    tokenizer = Qwen2Tokenizer(vocab=trained["vocab"], merges=merges, model_max_length=1024, **more)
+    tokenizer = qwen_tokenizer(THINKER)
     tokenizer.add_tokens(["<think>", "</think>"])  # tokens, and no special ones, as there
-    tokenizer.chat_template = THINKER
     config = Qwen3Config(vocab_size=512, **SHAPE, head_dim=16, eos_token_id=tokenizer.eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
