@@ -477,6 +477,7 @@ def prepare(settings, tokenizer, scratch: Path) -> tuple[datasets.Dataset, np.nd
     scratch: a folder for the rows. parts: {"train", "validation", "test"}: numbers of the rows. long: see Tally.
     """
     # --- read and check
+    chat.say_if_silent(tokenizer)
     source, schema_name, schema = open_source(settings)
     tally = Tally()
     kept = convert(source, schema, tokenizer, settings.MAX_LENGTH, tally, settings.TURNS)
@@ -531,7 +532,6 @@ def main() -> None:
     folder = Path(settings.DATA_DIR)
     with handover.lock(folder), handover.replacing(folder) as new:
         tokenizer = chat.load_tokenizer(settings.MODEL_NAME, settings.MODEL_REVISION, settings.PROMPT_FORMAT)
-        chat.say_if_silent(tokenizer)
         rows, ids, groups, parts, manifest, long = prepare(settings, tokenizer, new / ".scratch")
         manifest["sha256"] = save_splits(rows, ids, groups, parts, new)
         prompts = choose_prompts(rows.select(parts["test"]).to_list(), settings.NUM_TEST_PROMPTS)

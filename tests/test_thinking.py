@@ -98,8 +98,9 @@ def test_answers_with_thoughts_are_left_out_or_kept_as_text(thinker, tmp_path):
     flags = ("--dataset_name", source, "--model_name", thinker, "--eval_fraction", "0.2")
     refused(run(SCRIPTS[0], *flags, cwd=tmp_path), "40 x answer with thoughts", "--prompt_format chatml keeps them")
     flags += ("--max_drop_fraction", "0.3")
-    said = ok(run(SCRIPTS[0], *flags, cwd=tmp_path))
-    assert "its chat template is used with thinking switched off" in said
+    for more in ((), ("--dry_run",)):
+        said = ok(run(SCRIPTS[0], *flags, *more, cwd=tmp_path))
+        assert "its chat template is used with thinking switched off" in said
     manifest = json.loads((tmp_path / "data/manifest.json").read_text("utf-8"))
     reason = "answer with thoughts, which the chat template switches off (--prompt_format chatml keeps them)"
     assert manifest["rows"]["dropped"][reason] == 40
